@@ -1,0 +1,96 @@
+"""Every setting, read once from `OPENPI_LORA_*` variables and `activate()` keywords into one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import SettingsError
+
+SWITCH = "OPENPI_LORA"
+FREEZE_PRESETS = ("default", "jax", "adapters")
+
+
+def _boolean(text: str) -> bool:
+    return {"0": False, "1": True}[text]
+
+
+def _preset(text: str) -> str:
+    return {name: name for name in FREEZE_PRESETS}[text]
+
+
+def _dropout(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(text)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Attributes:
+        allow_untested: patch a transformers release that no test has seen, with a warning (`OPENPI_LORA_ALLOW_UNTESTED`).
+        freeze: which parameters train beside the adapters (`OPENPI_LORA_FREEZE`), see `lora.freeze`.
+        dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
+    """
+
+    allow_untested: bool = False
+    freeze: str = "default"
+    dropout: float = 0.0
+
+
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "allow_untested": (_boolean, "0 or 1"),
+    "freeze": (_preset, " or ".join(FREEZE_PRESETS)),
+    "dropout": (_dropout, "a number from 0 up to, not including, 1"),
+}
+
+
+def switched_on(environ: Mapping[str, str] = os.environ) -> bool | None:
+    """The value of `OPENPI_LORA`: True for 1, False for 0, None where it is unset or empty.
+
+    Raises:
+        SettingsError: any other value.
+    """
+    text = environ.get(SWITCH, "")
+    if not text:
+        return None
+    return bool(_read(SWITCH, text, _boolean, "0 or 1"))
+
+
+def read(environ: Mapping[str, str] = os.environ, **keywords: Any) -> Settings:
+    """Settings from the environment, overridden by keywords of the same (lower-case) names.
+
+    Raises:
+        SettingsError: an unknown name, a value without meaning, or a variable that is misspelt.
+    """
+    values: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if variable.startswith(f"{SWITCH}_"):
+            values[variable.removeprefix(f"{SWITCH}_").lower()] = (variable, text)
+    values |= {name: (f"activate({name}=...)", _as_text(value)) for name, value in keywords.items()}
+    if unknown := sorted(source for name, (source, _) in values.items() if name not in _READERS):
+        raise SettingsError(
+            "Unknown openpi_lora_patch setting.",
+            found=", ".join(unknown),
+            expected=", ".join(f"{SWITCH}_{name.upper()}" for name in _READERS),
+            fix="correct the spelling or remove it",
+        )
+    return Settings(**{name: _read(source, text, *_READERS[name]) for name, (source, text) in values.items()})
+
+
+def _as_text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _read(source: str, text: str, reader: Callable[[str], Any], expected: str) -> Any:
+    try:
+        return reader(text)
+    except (KeyError, ValueError):
+        raise SettingsError(
+            f"{source} has a value without meaning.", found=repr(text), expected=expected, fix=f"set {source} so"
+        ) from None
