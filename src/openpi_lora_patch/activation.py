@@ -1,0 +1,168 @@
+"""Put the patches in place, take them away again, and say where they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib
+import sys
+import threading
+from types import ModuleType
+
+from . import compat, hooks
+from . import settings as _settings
+from .errors import ActivationError, SettingsError
+from .settings import Settings
+
+# Patched module -> the module of `patches` whose `patch(module, settings, undo)` does it.
+PATCHES = {
+    "transformers.models.gemma.modeling_gemma": "gemma",
+    "transformers.models.paligemma.modeling_paligemma": "paligemma",
+    "openpi.models.gemma": "openpi_variants",
+    "openpi.models_pytorch.pi0_pytorch": "openpi",
+    "openpi.training.config": "openpi_configs",
+}
+# openpi and lerobot import this module, which only their copied files hold, and call its one function.
+CHECK = "transformers.models.siglip.check"
+_GEMMA = "transformers.models.gemma.modeling_gemma"
+
+_lock = threading.RLock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Where the patches stand.
+
+    Attributes:
+        active: whether `activate()` is in force.
+        settings: the settings in force, None while inactive.
+        modules: for each patched module "waiting" (not imported yet), "patched", or "refused: " and why.
+    """
+
+    active: bool
+    settings: Settings | None
+    modules: dict[str, str]
+
+
+@dataclasses.dataclass
+class _Active:
+    settings: Settings
+    undo: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    patched: set[str] = dataclasses.field(default_factory=set)
+
+
+_active: _Active | None = None
+
+
+def start() -> None:
+    """What `import openpi_lora_patch` does: activate, unless `OPENPI_LORA=0` forbids it.
+
+    Raises:
+        SettingsError: a variable has no meaning. The modules to be patched are refused from then on, because an
+            error at interpreter start (a `.pth` file) is printed, but does not end the program.
+    """
+    try:
+        wanted = _settings.switched_on() is not False
+        if wanted:
+            activate()
+    except SettingsError as error:
+        for name in PATCHES:
+            hooks.refuse(name, error)
+        raise
+
+
+def activate(**settings: object) -> None:
+    """Patch transformers and openpi: what is loaded already at once, the rest as it loads. Twice is the same as once.
+
+    Args:
+        settings: `allow_untested`, `freeze`, `dropout`; each overrides its `OPENPI_LORA_*` variable.
+
+    Raises:
+        SettingsError: a setting has no meaning.
+        ActivationError: active with other settings; a module is half imported; or openpi models exist that were
+            built before.
+        CompatibilityError: a transformers release that was not tested is loaded.
+    """
+    global _active
+    with _lock:
+        wanted = _settings.read(**settings)
+        if _active is not None:
+            _require_same(_active.settings, wanted)
+            return
+        _refuse_live_models()
+        starting = _Active(wanted)
+        starting.undo.callback(hooks.remove)
+        try:
+            hooks.provide(CHECK, _populate_check)
+            for name, patch in PATCHES.items():
+                hooks.on_import(name, functools.partial(_patch, starting, patch))
+        except BaseException:
+            starting.undo.close()
+            raise
+        _active = starting
+
+
+def deactivate() -> None:
+    """Restore every object that was changed. Models built meanwhile keep working as they are."""
+    global _active
+    with _lock:
+        if _active is not None:
+            _active.undo.close()
+            _active = None
+
+
+def status() -> Status:
+    """Where the patches stand, module by module."""
+    with _lock:
+        patched = _active.patched if _active is not None else set()
+        modules = {name: "patched" if name in patched else "waiting" for name in PATCHES}
+        modules |= {name: f"refused: {error}" for name, error in hooks.refused().items()}
+        return Status(_active is not None, _active.settings if _active is not None else None, modules)
+
+
+def _patch(active: _Active, patch: str, module: ModuleType) -> None:
+    if module.__name__.startswith("transformers."):
+        compat.check(module, allow_untested=active.settings.allow_untested)
+    with contextlib.ExitStack() as undo:
+        importlib.import_module(f".patches.{patch}", __package__).patch(module, active.settings, undo)
+        active.undo.callback(undo.pop_all().close)
+    active.patched.add(module.__name__)
+
+
+def _populate_check(module: ModuleType) -> None:
+    def check_whether_transformers_replace_is_installed_correctly() -> bool:
+        """True once Gemma is patched; importing it raises where it cannot be."""
+        importlib.import_module(_GEMMA)
+        return status().modules[_GEMMA] == "patched"
+
+    module.__dict__["check_whether_transformers_replace_is_installed_correctly"] = (
+        check_whether_transformers_replace_is_installed_correctly
+    )
+
+
+def _require_same(active: Settings, wanted: Settings) -> None:
+    if active != wanted:
+        raise ActivationError(
+            "openpi_lora_patch is active with other settings.",
+            found=str(active),
+            expected=str(wanted),
+            fix="call deactivate() first",
+        )
+
+
+def _refuse_live_models() -> None:
+    """Models built unpatched have stock norms and scaled embeddings: they would train wrongly without an error."""
+    if _GEMMA not in sys.modules:
+        return
+    stock = vars(sys.modules[_GEMMA]).get("GemmaModel")
+    live = sum(
+        type(thing) is stock and hasattr(vars(thing).get("config"), "use_adarms") for thing in gc.get_objects()
+    )
+    if live:
+        raise ActivationError(
+            "openpi models were built before openpi_lora_patch was activated.",
+            found=f"{live} unpatched GemmaModel with use_adarms on its config",
+            fix="make `import openpi_lora_patch` the first import of the program",
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints into and out of LoRA models."""

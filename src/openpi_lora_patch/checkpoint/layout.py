@@ -1,0 +1,86 @@
+"""Let a LoRA model load, through plain `load_state_dict`, checkpoints whose names or shapes differ from its own.
+
+Three layouts are accepted, one a file:
+- a base checkpoint: `q_proj.weight`, no adapters. The adapters keep the values they have.
+- our own: `q_proj.base_layer.weight`, `q_proj.lora_A` (r, in), `q_proj.lora_B` (out, r).
+- the same with both adapter matrices transposed: `lora_A` (in, r), `lora_B` (r, out).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..lora.inject import lora_layers
+from ..lora.layer import LoRALinear
+
+logger = logging.getLogger("openpi_lora_patch")
+
+StateDict = dict[str, Tensor]
+
+
+def accept_base_checkpoints(model: nn.Module) -> None:
+    """Have `model.load_state_dict` (and with it `safetensors.torch.load_model`) take each of the layouts above.
+
+    A tensor of another shape than the model's makes the load raise `CheckpointError` before anything is copied.
+    """
+    model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_load(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+    layers = {prefix + name: layer for name, layer in lora_layers(model).items()}
+    _rename_base_layers(layers, state_dict)
+    adapters = {f"{name}.{matrix}" for name in layers for matrix in ("lora_A", "lora_B")}
+    if adapters.isdisjoint(state_dict):
+        _keep_adapters(layers, state_dict)
+    elif _is_transposed(layers, state_dict):
+        state_dict.update({name: state_dict[name].T for name in adapters & state_dict.keys()})
+    _check_shapes(model, state_dict, prefix)
+
+
+def _rename_base_layers(layers: dict[str, LoRALinear], state_dict: StateDict) -> None:
+    for name in layers:
+        for part in ("weight", "bias"):
+            plain, wrapped = f"{name}.{part}", f"{name}.base_layer.{part}"
+            if plain in state_dict and wrapped in state_dict:
+                raise CheckpointError("A checkpoint holds a base weight twice.", found=f"{plain} and {wrapped}")
+            if plain in state_dict:
+                state_dict[wrapped] = state_dict.pop(plain)
+
+
+def _keep_adapters(layers: dict[str, LoRALinear], state_dict: StateDict) -> None:
+    if not any(f"{name}.base_layer.weight" in state_dict for name in layers):
+        return  # Nothing of these layers is in the file; the caller reports what is missing.
+    for name, layer in layers.items():
+        state_dict[f"{name}.lora_A"] = layer.lora_A.detach()
+        state_dict[f"{name}.lora_B"] = layer.lora_B.detach()
+    logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
+
+
+def _is_transposed(layers: dict[str, LoRALinear], state_dict: StateDict) -> bool:
+    """Whether every adapter matrix of the file fits transposed and some fit in no other way."""
+    pairs = [
+        (tuple(state_dict[key].shape), tuple(parameter.shape))
+        for name, layer in layers.items()
+        for key, parameter in ((f"{name}.lora_A", layer.lora_A), (f"{name}.lora_B", layer.lora_B))
+        if key in state_dict
+    ]
+    return all(found == wanted[::-1] for found, wanted in pairs) and any(found != wanted for found, wanted in pairs)
+
+
+def _check_shapes(model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    wrong = [
+        f"{prefix + name} {tuple(state_dict[prefix + name].shape)} for {tuple(parameter.shape)}"
+        for name, parameter in model.named_parameters()
+        if prefix + name in state_dict and state_dict[prefix + name].shape != parameter.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            "A checkpoint does not fit the model; nothing was loaded.",
+            found="; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            expected="tensors of the model's shapes",
+            fix="use the variant (and with it the rank) that the checkpoint was trained with",
+        )

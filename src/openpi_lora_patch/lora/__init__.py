@@ -1,0 +1,16 @@
+"""LoRA in plain torch: usable alone, on any model, without any patch."""
+
+from .config import LoRAConfig, from_openpi
+from .freeze import freeze, trainable_parameters
+from .inject import inject, lora_layers
+from .layer import LoRALinear
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "freeze",
+    "from_openpi",
+    "inject",
+    "lora_layers",
+    "trainable_parameters",
+]

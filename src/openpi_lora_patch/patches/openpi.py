@@ -1,0 +1,57 @@
+"""`PI0Pytorch` with a `*_lora` variant: built with adapters, frozen, and taking base checkpoints.
+
+Source: openpi, `models_pytorch/pi0_pytorch.py` (commit 15a9616), whose code runs unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from types import ModuleType
+from typing import Any
+
+from ..apply import apply_lora
+from ..lora import from_openpi
+from ..replace import replace
+from ..settings import Settings
+from . import paligemma
+from .openpi_variants import is_dummy
+
+# Beside openpi's `dummy` towers a full SigLIP would take 8 s a step on two cores.
+_SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
+    """Give `PI0Pytorch` adapters where its variants ask for them, and images the way its convolution takes them."""
+    cls = module.PI0Pytorch
+    replace(undo, cls, "__init__", _building(cls.__init__, module, settings))
+    replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
+
+
+def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any) -> None:
+        vision = _SMALL_VISION if is_dummy(config.paligemma_variant) else {}
+        with paligemma.vision_config(**vision):
+            original(self, config)
+        adapters = {
+            tower: from_openpi(module._gemma.get_config(variant).lora_configs, settings.dropout)
+            for tower, variant in (
+                ("paligemma", config.paligemma_variant),
+                ("action_expert", config.action_expert_variant),
+            )
+        }
+        if any(adapters.values()):
+            apply_lora(self, **adapters, preset=settings.freeze)
+
+    return __init__
+
+
+def _channels_first(original: Any) -> Any:
+    @functools.wraps(original)
+    def _preprocess_observation(self: Any, observation: Any, *, train: bool = True) -> Any:
+        images, *rest = original(self, observation, train=train)
+        # openpi hands on images as they come; its fake data are (batch, height, width, 3).
+        return ([x if x.shape[1] == 3 else x.permute(0, 3, 1, 2) for x in images], *rest)
+
+    return _preprocess_observation
