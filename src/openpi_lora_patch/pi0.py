@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.gemma import modeling_gemma
 
-from .patches import gemma
+from .models import gemma
 
 _BLOCKED = -2.3819763e38  # What openpi adds to a score that must not count.
 

@@ -1,4 +1,1 @@
-"""What is patched, one file a module; each has `patch(module, settings, undo)`, which records how to take it back.
-
-These files import what they patch, so they are imported by the hooks only, never by the package itself.
-"""
+"""What is patched, one file a module; each has `patch(module, settings, undo)`, which records how to take it back."""

@@ -1,0 +1,46 @@
+"""What openpi's copied `modeling_paligemma.py` does, as classes that a stock model is converted to once it is built.
+
+Source: openpi, `models_pytorch/transformers_replace/models/paligemma` (transformers 4.53.2); behaviour only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.paligemma import modeling_paligemma as stock
+
+from . import gemma, siglip
+
+
+class PaliGemmaModel(stock.PaliGemmaModel):  # type: ignore[misc]
+    """PaliGemma whose image features are not divided by sqrt(hidden_size)."""
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Image embeddings (batch, patches, hidden) of `pixel_values` (batch, 3, height, width) in [-1, 1]."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values).last_hidden_state)
+
+
+class PaliGemmaForConditionalGeneration(stock.PaliGemmaForConditionalGeneration):  # type: ignore[misc]
+    """PaliGemma with the shortcuts to its parts that releases from 5.0.0 on lack."""
+
+    @property
+    def language_model(self) -> Any:
+        return self.model.language_model
+
+    @property
+    def vision_tower(self) -> Any:
+        return self.model.vision_tower
+
+    @property
+    def multi_modal_projector(self) -> Any:
+        return self.model.multi_modal_projector
+
+
+def convert(paligemma: Any) -> None:
+    """Turn a stock `PaliGemmaForConditionalGeneration`, weights and all, into the one above."""
+    model = paligemma.model
+    paligemma.__class__ = PaliGemmaForConditionalGeneration
+    model.__class__ = PaliGemmaModel
+    model.vision_tower = siglip.convert(model.vision_tower)
+    gemma.convert(model.language_model)
