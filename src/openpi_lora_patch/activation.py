@@ -23,6 +23,8 @@ PATCHES = {
     "openpi.models.gemma": "openpi_variants",
     "openpi.models_pytorch.pi0_pytorch": "openpi",
     "openpi.training.config": "openpi_configs",
+    "lerobot.policies.pi0.modeling_pi0": "lerobot",
+    "lerobot.policies.pi05.modeling_pi05": "lerobot",
 }
 # openpi and lerobot import this module, which only their copied files hold, and call its one function.
 CHECK = "transformers.models.siglip.check"

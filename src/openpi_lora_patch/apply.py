@@ -45,17 +45,18 @@ def apply_lora(
         model: openpi's `PI0Pytorch` or one of its shape: `paligemma_with_expert` holds `paligemma` and `gemma_expert`.
         paligemma: adapters of the PaliGemma tower by Linear name; None or empty leaves it whole.
         action_expert: the same for the action expert.
-        preset: see `freeze.trainable_parameters`.
+        preset: see `freeze.trainable_parameters`. What was frozen before stays frozen.
 
     Raises:
         LoRAError: a target that matches nothing, adapters that are there already, an unknown preset.
     """
     towers = model.paligemma_with_expert
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     if paligemma:
         inject(towers.paligemma.model.language_model.layers, paligemma)
     if action_expert:
         inject(towers.gemma_expert.model.layers, action_expert)
-    freeze(model, preset)
+    freeze(model, preset, keep_frozen=frozen)
     accept_base_checkpoints(model)
     counts = Counts.of(model)
     logger.info("Found %d LoRA parameters after model creation", counts.lora_tensors)

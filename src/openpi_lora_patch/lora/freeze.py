@@ -7,6 +7,7 @@ path uses, never does. The presets differ from this only as `trainable_parameter
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -45,21 +46,31 @@ def trainable_parameters(model: nn.Module, preset: str = "default") -> list[nn.P
     return chosen
 
 
-def freeze(model: nn.Module, preset: str = "default") -> None:
+def freeze(model: nn.Module, preset: str = "default", keep_frozen: Iterable[nn.Parameter] = ()) -> None:
     """Set `requires_grad` throughout a pi0 or pi0.5 as `preset` says, and hold it to that in every training forward.
+
+    Args:
+        model: openpi's `PI0Pytorch` or one of its shape.
+        preset: see `trainable_parameters`.
+        keep_frozen: parameters that do not train whatever the preset says.
 
     Raises:
         LoRAError: an unknown preset.
     """
-    chosen = {id(p) for p in trainable_parameters(model, preset)}
+    chosen = {id(p) for p in trainable_parameters(model, preset)} - {id(p) for p in keep_frozen}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     if not hasattr(model, "_trainable_names"):
-        model.register_forward_pre_hook(_check_frozen)
+        model.register_forward_pre_hook(check_frozen)
     model._trainable_names = _names_that_train(model)
 
 
-def _check_frozen(model: Any, _args: Any) -> None:
+def check_frozen(model: Any, _args: Any = ()) -> None:
+    """A forward pre-hook of every model that `freeze` was called on.
+
+    Raises:
+        FrozenParametersError: in training, other parameters train than `freeze` decided.
+    """
     if not model.training:
         return
     now, decided = _names_that_train(model), model._trainable_names
