@@ -1,0 +1,192 @@
+"""openpi's own unmodified code on stock transformers. Skipped where openpi cannot be imported.
+
+To run it: a checkout of openpi with its `src` and `packages/openpi-client/src` on PYTHONPATH, and its dependencies.
+"""
+
+import hashlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("openpi") is None:
+    pytest.skip("openpi cannot be imported here", allow_module_level=True)
+training = pytest.importorskip("openpi.training.config", reason="openpi's dependencies are missing")
+
+import numpy as np
+import openpi
+import safetensors.torch
+import transformers
+from openpi.models.pi0_config import Pi0Config
+from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+from openpi.policies import policy_config
+from openpi_lora_patch import FrozenParametersError, LoRAError
+from openpi_lora_patch.apply import Counts
+from openpi_lora_patch.lora import lora_layers
+from test_pi0 import COUNTS
+
+SCRIPTS = Path(openpi.__file__).parents[2] / "scripts"
+NAMES = ("pi0_libero_lora_pytorch", "pi05_libero_lora_pytorch", "debug_lora_pytorch")
+CONFIG = "debug_lora_pytorch"
+
+
+def environment(**more):
+    return os.environ | {"OPENPI_LORA": "1", "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled"} | more
+
+
+def digests(folder):
+    """SHA-256 of every file, but for the bytecode that Python caches."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(("pi05", "towers"), COUNTS)
+def test_full_size_counts(pi05, towers):
+    variants = {
+        "paligemma_variant": "gemma_2b_lora" if "paligemma" in towers else "gemma_2b",
+        "action_expert_variant": "gemma_300m_lora" if "action_expert" in towers else "gemma_300m",
+    }
+    with torch.device("meta"):
+        model = PI0Pytorch(Pi0Config(pi05=pi05, pytorch_compile_mode=None, **variants))
+    assert Counts.of(model) == Counts(*COUNTS[pi05, towers])
+
+
+def test_the_configs_are_in_openpis_list():
+    for name in NAMES:
+        config = training.get_config(name)
+        assert config.model.paligemma_variant.endswith("_lora")
+        assert config.model.action_expert_variant.endswith("_lora")
+    assert training.get_config("pi05_libero_lora_pytorch").model.pi05
+    assert len({config.name for config in training._CONFIGS}) == len(training._CONFIGS)
+
+
+def test_a_config_without_weights_fails_before_it_trains():
+    path = Path(training.get_config("pi0_libero_lora_pytorch").pytorch_weight_path)
+    assert not path.exists()
+
+
+def test_unknown_lora_kinds_are_refused(monkeypatch):
+    import openpi.models.gemma as variants
+
+    known = variants.get_config("dummy_lora")
+    monkeypatch.setitem(known.lora_configs, "vision", known.lora_configs["attn"])
+    monkeypatch.setattr(variants, "get_config", lambda variant: known)
+    with pytest.raises(LoRAError, match="vision"):
+        PI0Pytorch(training.get_config(CONFIG).model)
+
+
+def test_a_stray_thaw_is_caught_in_openpis_own_forward():
+    config = training.get_config(CONFIG).model
+    model = PI0Pytorch(config).train()
+    model.requires_grad_(True)
+    with pytest.raises(FrozenParametersError, match="thawed"):
+        model(config.fake_obs(1), torch.zeros(1, config.action_horizon, config.action_dim))
+
+
+def test_the_serving_cast_keeps_adapters_float32():
+    model = PI0Pytorch(training.get_config(CONFIG).model)
+    model.paligemma_with_expert.to_bfloat16_for_selected_params("bfloat16")
+    layers = lora_layers(model).values()
+    assert {layer.lora_A.dtype for layer in layers} == {torch.float32}
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+
+
+def start(*arguments, folder, log):
+    command = [sys.executable, str(SCRIPTS / arguments[0]), *arguments[1:]]
+    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+
+
+def wait_for(process, log, *texts, seconds=240):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        content = log.read_text()
+        if all(text in content for text in texts):
+            return content
+        assert process.poll() in (None, 0), content
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds} s for {texts} in\n{log.read_text()}")
+
+
+def test_train_kill_resume_and_serve(tmp_path):
+    stock = Path(transformers.__file__).parent
+    before = digests(stock)
+    base = tmp_path / "base" / "model.safetensors"
+    base.parent.mkdir()
+    model_config = training.get_config(CONFIG).model
+    plain = PI0Pytorch(Pi0Config(paligemma_variant="dummy", action_expert_variant="dummy", pytorch_compile_mode=None))
+    safetensors.torch.save_model(plain, base)
+
+    log, run = tmp_path / "train.log", tmp_path / "checkpoints" / CONFIG / "t"
+    common = ("train_pytorch.py", CONFIG, "--exp_name", "t", "--save_interval", "2", "--log_interval", "1")
+    weights = ("--pytorch_weight_path", str(base.parent))
+    with log.open("w") as out:
+        process = start(*common, *weights, "--num_train_steps", "1000", folder=tmp_path, log=out)
+        try:
+            first = wait_for(process, log, "Saved checkpoint at step 4")
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert "Found 112 LoRA parameters after model creation" in first
+    assert "Freeze paligemma: True, freeze action expert: True" in first
+    assert "The checkpoint holds no adapters" in first
+
+    saved = max((int(path.name) for path in run.iterdir() if path.name.isdigit()))
+    with log.open("w") as out:
+        resumed = start(*common, *weights, "--resume", "--num_train_steps", str(saved + 2), folder=tmp_path, log=out)
+        assert resumed.wait(timeout=240) == 0, log.read_text()
+    assert f"Resumed training from step {saved}" in log.read_text()
+
+    last = run / str(saved + 2)
+    trained = PI0Pytorch(model_config)
+    safetensors.torch.load_model(trained, last / "model.safetensors")
+    frozen = {name for name, parameter in trained.named_parameters() if not parameter.requires_grad}
+    base_state = plain.state_dict()
+    for name in frozen:
+        assert torch.equal(trained.state_dict()[name], base_state[name.replace("base_layer.", "")]), name
+    # A learning rate of 1e-8 in openpi's warm-up moves float32 adapters, which a bfloat16 would have lost.
+    assert any(layer.lora_B.any() for layer in lora_layers(trained).values())
+
+    policy = policy_config.create_trained_policy(training.get_config(CONFIG), last, pytorch_device="cpu")
+    noise = np.zeros((model_config.action_horizon, model_config.action_dim), np.float32)
+    expected = policy.infer(request(model_config), noise=noise)["actions"]
+    assert expected.shape == noise.shape
+    assert np.isfinite(expected).all()
+    serve_and_ask(last, request(model_config), expected.shape, folder=tmp_path)
+    assert digests(stock) == before
+
+
+def request(config):
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    return {
+        "image": {camera: np.zeros((224, 224, 3), np.uint8) for camera in cameras},
+        "image_mask": {camera: np.True_ for camera in cameras},
+        "state": np.zeros(config.action_dim, np.float32),
+        "tokenized_prompt": np.zeros(config.max_token_len, np.int32),
+        "tokenized_prompt_mask": np.ones(config.max_token_len, bool),
+    }
+
+
+def serve_and_ask(checkpoint, observation, shape, *, folder):
+    client = pytest.importorskip("openpi_client.websocket_client_policy", reason="openpi's client is missing")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "serve.log"
+    policy = ("policy:checkpoint", "--policy.config", CONFIG, "--policy.dir", str(checkpoint))
+    with log.open("w") as out:
+        server = start("serve_policy.py", "--port", str(port), *policy, folder=folder, log=out)
+        try:
+            wait_for(server, log, "server listening")
+            answer = client.WebsocketClientPolicy("127.0.0.1", port).infer(observation)
+        finally:
+            server.kill()
+            server.wait()
+    assert answer["actions"].shape == shape
+    assert np.isfinite(answer["actions"]).all()
