@@ -26,7 +26,12 @@ def child(tmp_path: Path) -> Child:
         clean = {name: text for name, text in os.environ.items() if not name.startswith("OPENPI_LORA")}
         return subprocess.run(
             [sys.executable, *arguments],
-            env=clean | environ, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+            env=clean | environ,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
 
     return run

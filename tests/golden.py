@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from openpi_lora_patch.reference import distance
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -11,7 +12,7 @@ TOLERANCE = 1e-6
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Float32 within 1e-6, relative above 1. bfloat16 equal, where this processor has the kernels of the golden data."""
+    """Float32 within 1e-6, relative above 1; bfloat16 equal, where this processor has the kernels for it."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     if expected.dtype == torch.bfloat16:

@@ -5,8 +5,6 @@ import pickle
 
 import pytest
 import torch
-from golden import GOLDEN, assert_same
-from openpi_lora_patch.reference import Reference
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -16,9 +14,17 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
 )
 
+from golden import GOLDEN, assert_same
+from openpi_lora_patch.reference import Reference
+
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16,
-    "num_hidden_layers": 2, "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
 }
 
 

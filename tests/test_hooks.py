@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+
 from openpi_lora_patch import ActivationError, LoRAError, hooks
 
 
@@ -91,9 +92,8 @@ def test_registering_from_inside_the_import_is_refused(package):
 
 def test_a_provided_module_is_importable_in_every_way_and_gone_after_remove(package):
     hooks.provide("hooked.virtual", lambda module: setattr(module, "answer", 42))
-    from hooked import virtual
-
     import hooked
+    from hooked import virtual
 
     assert hooked.virtual is virtual is importlib.import_module("hooked.virtual")
     assert virtual.answer == 42

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from openpi_lora_patch import LoRAError
 from openpi_lora_patch.lora import LoRAConfig, LoRALinear, inject, lora_layers
-from torch import nn
 
 
 def make(rank=4, alpha=6.0, *, in_features=24, out_features=40, bias=False, dtype=torch.float32, trained=True, **more):
@@ -30,8 +31,12 @@ def exact(layer, x):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rank=st.integers(1, 16), alpha=st.floats(0.1, 64), rslora=st.booleans(), bias=st.booleans(),
-    sizes=st.tuples(st.integers(1, 48), st.integers(1, 48)), batch=st.lists(st.integers(1, 4), max_size=3),
+    rank=st.integers(1, 16),
+    alpha=st.floats(0.1, 64),
+    rslora=st.booleans(),
+    bias=st.booleans(),
+    sizes=st.tuples(st.integers(1, 48), st.integers(1, 48)),
+    batch=st.lists(st.integers(1, 4), max_size=3),
 )
 def test_forward_is_the_definition(rank, alpha, rslora, bias, sizes, batch):
     layer = make(rank, alpha, rslora=rslora, bias=bias, in_features=sizes[0], out_features=sizes[1])
@@ -157,10 +162,10 @@ def test_compiles_without_a_graph_break():
     assert layer.lora_B.grad is not None
 
 
-@pytest.mark.parametrize("values", [{"rank": 0}, {"rank": -1}, {"rank": 4, "dropout": 1.0}, {"rank": 4, "dropout": -0.1}])
-def test_values_without_meaning_are_refused(values):
+@pytest.mark.parametrize(("rank", "dropout"), [(0, 0.0), (-1, 0.0), (4, 1.0), (4, -0.1)])
+def test_values_without_meaning_are_refused(rank, dropout):
     with pytest.raises(LoRAError):
-        LoRAConfig(**{"alpha": 1.0, **values})
+        LoRAConfig(rank, alpha=1.0, dropout=dropout)
 
 
 def tower():

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from golden import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+from golden import GOLDEN
 from openpi_lora_patch import CheckpointError
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.reference import Reference
-from safetensors.torch import load_file, load_model, save_file, save_model
 from test_pi0 import TOWERS, adapters
 
 DATA = Reference(GOLDEN / "pi0_float32.safetensors")

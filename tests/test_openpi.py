@@ -27,6 +27,7 @@ import transformers
 from openpi.models.pi0_config import Pi0Config
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from openpi.policies import policy_config
+
 from openpi_lora_patch import FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.lora import lora_layers
@@ -137,7 +138,7 @@ def test_train_kill_resume_and_serve(tmp_path):
     assert "Freeze paligemma: True, freeze action expert: True" in first
     assert "The checkpoint holds no adapters" in first
 
-    saved = max((int(path.name) for path in run.iterdir() if path.name.isdigit()))
+    saved = max(int(path.name) for path in run.iterdir() if path.name.isdigit())
     with log.open("w") as out:
         resumed = start(*common, *weights, "--resume", "--num_train_steps", str(saved + 2), folder=tmp_path, log=out)
         assert resumed.wait(timeout=240) == 0, log.read_text()
@@ -166,7 +167,7 @@ def request(config):
     cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     return {
         "image": {camera: np.zeros((224, 224, 3), np.uint8) for camera in cameras},
-        "image_mask": {camera: np.True_ for camera in cameras},
+        "image_mask": dict.fromkeys(cameras, np.True_),
         "state": np.zeros(config.action_dim, np.float32),
         "tokenized_prompt": np.zeros(config.max_token_len, np.int32),
         "tokenized_prompt_mask": np.ones(config.max_token_len, bool),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from golden import GOLDEN, assert_same
 from openpi_lora_patch import FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts, apply_lora

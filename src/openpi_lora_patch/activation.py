@@ -10,6 +10,7 @@ import importlib
 import sys
 import threading
 from types import ModuleType
+from typing import Any
 
 from . import compat, hooks
 from . import settings as _settings
@@ -75,7 +76,7 @@ def start() -> None:
         raise
 
 
-def activate(**settings: object) -> None:
+def activate(**settings: Any) -> None:
     """Patch transformers and openpi: what is loaded already at once, the rest as it loads. Twice is the same as once.
 
     Args:
@@ -159,9 +160,7 @@ def _refuse_live_models() -> None:
     if _GEMMA not in sys.modules:
         return
     stock = vars(sys.modules[_GEMMA]).get("GemmaModel")
-    live = sum(
-        type(thing) is stock and hasattr(vars(thing).get("config"), "use_adarms") for thing in gc.get_objects()
-    )
+    live = sum(type(thing) is stock and hasattr(vars(thing).get("config"), "use_adarms") for thing in gc.get_objects())
     if live:
         raise ActivationError(
             "openpi models were built before openpi_lora_patch was activated.",

@@ -63,6 +63,8 @@ def apply_lora(
     logger.info("Freeze paligemma: %s, freeze action expert: %s", bool(paligemma), bool(action_expert))
     logger.info(
         "LoRA fine-tuning: %s trainable / %s total (%.2f%%)",
-        f"{counts.trainable:,}", f"{counts.total:,}", 100 * counts.trainable / counts.total,
+        f"{counts.trainable:,}",
+        f"{counts.total:,}",
+        100 * counts.trainable / counts.total,
     )
     return counts

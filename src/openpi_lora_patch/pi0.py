@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.gemma import modeling_gemma
 
-from .models import gemma
+from .models.gemma import AdaptiveNorm
+from .patches.gemma import gated_residual
 
 _BLOCKED = -2.3819763e38  # What openpi adds to a score that must not count.
 
@@ -105,11 +106,11 @@ class _Towers(nn.Module):
         self.to(dtype)
         vision: Any = self.paligemma.model.vision_tower
         for module in (vision.vision_model.embeddings, *self.modules()):
-            if module is vision.vision_model.embeddings or isinstance(module, gemma.AdaptiveNorm):
+            if module is vision.vision_model.embeddings or isinstance(module, AdaptiveNorm):
                 module.float()
 
-    def forward(self, embeds: list[Tensor], mask: Tensor, position_ids: Tensor, cond: Tensor | None) -> list[Tensor]:
-        """Both towers layer by layer; each attends to the other's keys. `embeds`: prefix and suffix (batch, seq, width)."""
+    def forward(self, embeds: list[Any], mask: Tensor, position_ids: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """Prefix and suffix `embeds` (batch, seq, width) through both towers; each attends to the other's keys."""
         towers = (self.paligemma.model.language_model, self.gemma_expert.model)
         conds = (None, cond)
         lengths = [part.shape[1] for part in embeds]
@@ -118,9 +119,9 @@ class _Towers(nn.Module):
             normed = [layer.input_layernorm(x, c) for layer, x, c in zip(pair, embeds, conds, strict=True)]
             attended = _joint_attention([layer.self_attn for layer in pair], [x for x, _ in normed], mask, rotary)
             for i, (layer, part) in enumerate(zip(pair, attended.split(lengths, dim=1), strict=True)):
-                middle = gemma.gated_residual(embeds[i], layer.self_attn.o_proj(part), normed[i][1])
+                middle = gated_residual(embeds[i], layer.self_attn.o_proj(part), normed[i][1])
                 x, gate = layer.post_attention_layernorm(middle, conds[i])
-                embeds[i] = gemma.gated_residual(middle, layer.mlp(x), gate)
+                embeds[i] = gated_residual(middle, layer.mlp(x), gate)
         return [tower.norm(x, c)[0] for tower, x, c in zip(towers, embeds, conds, strict=True)]
 
 

@@ -33,7 +33,7 @@ class Settings:
     """What the user asked for.
 
     Attributes:
-        allow_untested: patch a transformers release that no test has seen, with a warning (`OPENPI_LORA_ALLOW_UNTESTED`).
+        allow_untested: patch an untested transformers release, with a warning (`OPENPI_LORA_ALLOW_UNTESTED`).
         freeze: which parameters train beside the adapters (`OPENPI_LORA_FREEZE`), see `lora.freeze`.
         dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
     """

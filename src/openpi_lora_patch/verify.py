@@ -84,8 +84,8 @@ class Subject:
         """The same model with adapters in both towers."""
         model = self.plain()
         config = LoRAConfig(rank=4, alpha=4.0)
-        towers = {name: dict.fromkeys((*ATTENTION, *FFN), config) for name in ("paligemma", "action_expert")}
-        apply_lora(model, **towers)
+        targets = dict.fromkeys((*ATTENTION, *FFN), config)
+        apply_lora(model, paligemma=targets, action_expert=targets)
         return model
 
     def loss(self, model: Any) -> Tensor:
@@ -187,7 +187,7 @@ def check_counts(subject: Subject) -> str:
     figures = "; ".join(
         f"{name} {c.lora_tensors} LoRA tensors, {c.trainable:,} of {c.total:,} train" for name, c in found.items()
     )
-    require(found == EXPECTED, f"{figures}; expected {EXPECTED}", "openpi or transformers changed its model: report this")
+    require(found == EXPECTED, f"{figures}; expected {EXPECTED}", "the model differs from openpi's: report this")
     return figures
 
 
@@ -302,7 +302,7 @@ def run(subject: Subject) -> Iterator[dict[str, Any]]:
         except Failed as failure:
             result |= {"figure": str(failure), "fix": failure.fix}
         except Exception as error:
-            result |= {"figure": f"{type(error).__name__}: {error}", "fix": "see the message; if it says nothing, report it"}
+            result |= {"figure": f"{type(error).__name__}: {error}", "fix": "report this, if the message does not help"}
         yield result | {"seconds": round(time.perf_counter() - begin, 1)}
 
 

@@ -60,9 +60,10 @@ def freeze(model: nn.Module, preset: str = "default", keep_frozen: Iterable[nn.P
     chosen = {id(p) for p in trainable_parameters(model, preset)} - {id(p) for p in keep_frozen}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    if not hasattr(model, "_trainable_names"):
-        model.register_forward_pre_hook(check_frozen)
-    model._trainable_names = _names_that_train(model)
+    guarded: Any = model
+    if not hasattr(guarded, "_trainable_names"):
+        guarded.register_forward_pre_hook(check_frozen)
+    guarded._trainable_names = _names_that_train(model)
 
 
 def check_frozen(model: Any, _args: Any = ()) -> None:

@@ -33,8 +33,10 @@ def inject(root: nn.Module, targets: Mapping[str, LoRAConfig]) -> list[str]:
     }
     if missing := sorted(set(targets) - {name for _, name, _ in found.values()}):
         raise LoRAError(
-            "Some LoRA targets match no module.", found=f"no {', '.join(missing)} in {type(root).__name__}",
-            expected="Linears of these names", fix="check the target names against model.named_modules()",
+            "Some LoRA targets match no module.",
+            found=f"no {', '.join(missing)} in {type(root).__name__}",
+            expected="Linears of these names",
+            fix="check the target names against model.named_modules()",
         )
     unfit = [f"{full} is a {type(child).__name__}" for full, (_, _, child) in found.items() if not _is_linear(child)]
     if unfit:

@@ -38,7 +38,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer: Any = base_layer.requires_grad_(False)
         self.config = config
         self.scaling = config.scaling
         device = next(base_layer.parameters()).device
@@ -126,6 +126,6 @@ class LoRALinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.merged:
             raise LoRAError(
-                f"{prefix[:-1]} is merged; a checkpoint of it would apply the adapter twice.", fix="call unmerge() first"
+                f"{prefix[:-1]} is merged: its checkpoint would apply the adapter twice.", fix="call unmerge() first"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)

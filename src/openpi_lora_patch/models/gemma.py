@@ -43,7 +43,7 @@ class AdaptiveNorm(nn.Module):
             nn.init.zeros_(self.dense.weight)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Normalise `x` (batch, seq, dim) under `cond` (batch, cond_dim); returns it and the gate (batch, 1, dim) or None.
+        """Normalise `x` (batch, seq, dim) under `cond` (batch, cond_dim); returns it and the gate (batch, 1, dim).
 
         Raises:
             ValueError: an adaptive norm without a condition, a plain norm with one, or one of another size.
@@ -65,7 +65,7 @@ class AdaptiveNorm(nn.Module):
         return f"eps={self.eps}, cond_dim={self.cond_dim}"
 
 
-class GemmaAttention(stock.GemmaAttention):  # type: ignore[misc]
+class GemmaAttention(stock.GemmaAttention):
     """Attention that, with a cache and `use_cache=False`, reads the cached keys and values and leaves them alone."""
 
     def forward(
@@ -89,9 +89,7 @@ class GemmaAttention(stock.GemmaAttention):  # type: ignore[misc]
             key, value = torch.cat([cached_key, key], dim=2), torch.cat([cached_value, value], dim=2)
 
         implementation = self.config._attn_implementation
-        attend = (
-            stock.eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        )
+        attend = stock.eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         # Since 5.2.0 the attention functions take the mask as it comes.
         mask = attention_mask[..., : key.shape[-2]]
         dropout = self.attention_dropout if self.training else 0.0
@@ -99,7 +97,7 @@ class GemmaAttention(stock.GemmaAttention):  # type: ignore[misc]
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class GemmaDecoderLayer(stock.GemmaDecoderLayer):  # type: ignore[misc]
+class GemmaDecoderLayer(stock.GemmaDecoderLayer):
     """Attention and MLP, each after an adaptive norm and behind a gated residual."""
 
     def forward(
@@ -122,7 +120,7 @@ class GemmaDecoderLayer(stock.GemmaDecoderLayer):  # type: ignore[misc]
         return gated_residual(residual, self.mlp(hidden_states), gate), weights
 
 
-class GemmaModel(stock.GemmaModel):  # type: ignore[misc]
+class GemmaModel(stock.GemmaModel):
     """Decoder that takes `adarms_cond` and does not scale its embeddings by sqrt(hidden_size)."""
 
     def forward(
@@ -185,6 +183,38 @@ class GemmaModel(stock.GemmaModel):  # type: ignore[misc]
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+class _ConditionedHead:
+    """A head whose stock forward does not hand `adarms_cond` on in every release."""
+
+    def forward(self: Any, *args: Any, adarms_cond: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the stock forward, with `adarms_cond` (batch, adarms_cond_dim)."""
+        handle = self.model.register_forward_pre_hook(
+            lambda _, positional, named: (positional, named | {"adarms_cond": adarms_cond}), with_kwargs=True
+        )
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            handle.remove()
+
+
+class GemmaForCausalLM(_ConditionedHead, stock.GemmaForCausalLM):
+    """Next-token head."""
+
+
+class GemmaForSequenceClassification(_ConditionedHead, stock.GemmaForSequenceClassification):
+    """Classification head on the last token."""
+
+
+class GemmaForTokenClassification(_ConditionedHead, stock.GemmaForTokenClassification):
+    """Classification head on each token."""
+
+
+def convert_head(head: Any) -> None:
+    """Turn a stock model with a head, weights and all, into the one above of the same name."""
+    head.__class__ = globals()[type(head).__name__]
+    convert(head.model)
 
 
 def convert(model: Any) -> None:

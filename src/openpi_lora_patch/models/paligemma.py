@@ -13,7 +13,7 @@ from transformers.models.paligemma import modeling_paligemma as stock
 from . import gemma, siglip
 
 
-class PaliGemmaModel(stock.PaliGemmaModel):  # type: ignore[misc]
+class PaliGemmaModel(stock.PaliGemmaModel):
     """PaliGemma whose image features are not divided by sqrt(hidden_size)."""
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class PaliGemmaModel(stock.PaliGemmaModel):  # type: ignore[misc]
         return self.multi_modal_projector(self.vision_tower(pixel_values).last_hidden_state)
 
 
-class PaliGemmaForConditionalGeneration(stock.PaliGemmaForConditionalGeneration):  # type: ignore[misc]
+class PaliGemmaForConditionalGeneration(stock.PaliGemmaForConditionalGeneration):
     """PaliGemma with the shortcuts to its parts that releases from 5.0.0 on lack."""
 
     @property

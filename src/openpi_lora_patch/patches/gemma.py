@@ -35,8 +35,8 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 def wrap_init(
     cls: type, undo: contextlib.ExitStack, *, after: Callable[[Any], None], before: Callable[[Any], None] | None = None
 ) -> None:
-    """When openpi builds exactly a `cls`, call `before(config)` and `after(instance)`; subclasses are somebody else's."""
-    original = cls.__init__
+    """When openpi builds a `cls`, and no subclass of it, call `before(config)` and `after(instance)`."""
+    original = vars(cls)["__init__"]
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,8 +50,8 @@ def wrap_init(
     replace(undo, cls, "__init__", __init__)
 
 
-def gated_residual(x: Tensor | None, y: Tensor | None, gate: Tensor | None) -> Tensor | None:
-    """`x + y * gate`, without a gate `x + y`; where one of the two is None the other, all of shape (batch, seq, dim)."""
+def gated_residual(x: Tensor | None, y: Tensor | None, gate: Tensor | None) -> Any:
+    """`x + y * gate`, without a gate `x + y`; where one of the two is None the other. All (batch, seq, dim)."""
     if x is None or y is None:
         return y if x is None else x
     return x + y if gate is None else x + y * gate
@@ -60,4 +60,4 @@ def gated_residual(x: Tensor | None, y: Tensor | None, gate: Tensor | None) -> T
 def _convert(head: Any) -> None:
     from ..models import gemma
 
-    gemma.convert(head.model)
+    gemma.convert_head(head)

@@ -64,7 +64,7 @@ def _debug(module: ModuleType) -> Any:
         pytorch_compile_mode: str | None = None
 
     @dataclasses.dataclass(frozen=True)
-    class DebugData(module.FakeDataConfig):  # type: ignore[misc, name-defined]
+    class DebugData(module.FakeDataConfig):  # type: ignore[name-defined]
         """openpi's fake data, with normalisation that changes nothing, so that the checkpoint can be served."""
 
         def create(self, assets_dirs: Any, model_config: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from ..settings import Settings
 from . import gemma
 
-_vision: contextvars.ContextVar[dict[str, int]] = contextvars.ContextVar("vision", default={})
+_vision: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar("vision", default=None)
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 
 def _fit_vision(config: Any) -> None:
     # openpi fixes the projection at 2048, which fits its full-size language model only.
-    sizes = {"projection_dim": config.text_config.hidden_size, **_vision.get()}
+    sizes = {"projection_dim": config.text_config.hidden_size, **(_vision.get() or {})}
     for name, value in sizes.items():
         setattr(config.vision_config, name, value)
 
