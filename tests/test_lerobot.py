@@ -43,14 +43,14 @@ class Client:
         sizes = self.data.config
         features = {
             "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
-            "observation.state": PolicyFeature(FeatureType.STATE, (7,)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (5,)),
         }
         return self.Config(**{
             "device": "cpu", "dtype": sizes["dtype"], "push_to_hub": False,
             "max_action_dim": sizes["action_dim"], "max_state_dim": sizes["action_dim"],
             "chunk_size": sizes["action_horizon"], "n_action_steps": sizes["action_horizon"], "num_inference_steps": 2,
             "input_features": features,
-            "output_features": {"action": PolicyFeature(FeatureType.ACTION, (6,))},
+            "output_features": {"action": PolicyFeature(FeatureType.ACTION, (5,))},
         } | changes)  # fmt: skip
 
     def model(self, **changes):
@@ -74,10 +74,10 @@ class Client:
         tokens = self.data.observation()
         return {
             "observation.images.top": torch.rand(2, 3, 224, 224, generator=draw),
-            "observation.state": torch.randn(2, 7, generator=draw),
+            "observation.state": torch.randn(2, 5, generator=draw),
             "observation.language.tokens": tokens.tokens,
             "observation.language.attention_mask": tokens.token_mask,
-            "action": torch.randn(2, self.data.config["action_horizon"], 6, generator=draw),
+            "action": torch.randn(2, self.data.config["action_horizon"], 5, generator=draw),
         }
 
 
@@ -276,7 +276,7 @@ def test_a_policy_trains_its_adapters_and_acts(client):
     assert any(".gemma_expert." in name for name in changed)
     assert any(".paligemma." in name for name in changed)
     action = policy.select_action(client.batch())
-    assert action.shape == (2, 6)
+    assert action.shape == (2, 5)
     assert action.isfinite().all()
 
 
@@ -322,7 +322,7 @@ def test_openpis_own_checkpoint_loads_into_lora(full_precision, tmp_path):
 def test_a_checkpoint_of_another_size_is_refused(full_precision, tmp_path):
     policy = full_precision.policy(**LORA)
     for layer in lora_layers(policy).values():
-        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:3], layer.lora_B.data[:, :3]
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:3].clone(), layer.lora_B.data[:, :3].clone()
     policy.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not fit the model"):
         full_precision.Policy.from_pretrained(tmp_path, config=full_precision.config(**LORA))

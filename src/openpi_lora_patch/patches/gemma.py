@@ -33,10 +33,10 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 
 
 def wrap_init(
-    cls: type, undo: contextlib.ExitStack, *, after: Callable[[Any], None], before: Callable[[Any], None] | None = None
+    cls: Any, undo: contextlib.ExitStack, *, after: Callable[[Any], None], before: Callable[[Any], None] | None = None
 ) -> None:
     """When openpi builds a `cls`, and no subclass of it, call `before(config)` and `after(instance)`."""
-    original = vars(cls)["__init__"]
+    original = cls.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
