@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ import cpu_torchvision  # noqa: F401 (before transformers, which imports torchvi
 import openpi_lora_patch
 from golden import GOLDEN, assert_same
 from openpi_lora_patch import CheckpointError, FrozenParametersError, LoRAError
+from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.reference import Reference
 
 pytest.importorskip("lerobot", reason="lerobot is not installed")
+if not metadata.version("lerobot").startswith("0.4."):
+    pytest.skip("only lerobot 0.4 builds pi0 from openpi's transformers", allow_module_level=True)
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi0 import modeling_pi0
@@ -88,6 +92,18 @@ def client(request, monkeypatch):
     made = Client(name, Reference(GOLDEN / f"{request.param}.safetensors"))
     _shrink(made.module, made.data.config, monkeypatch)
     return made
+
+
+@pytest.fixture
+def activated():
+    """Activate with other settings, for one test."""
+
+    def activate(**settings):
+        openpi_lora_patch.deactivate()
+        openpi_lora_patch.activate(**settings)
+
+    yield activate
+    activate()
 
 
 @pytest.fixture(params=["pi0", "pi05"])
@@ -227,6 +243,23 @@ def test_without_a_variant_nothing_is_frozen(full_precision):
     assert not lora_layers(model)
 
 
+def test_settings_apply(full_precision, activated):
+    activated(freeze="adapters", dropout=0.25)
+    model = full_precision.Model(full_precision.config(**LORA))
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in trains(model))
+    assert {layer.config.dropout for layer in lora_layers(model).values()} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "total"), [("pi0", 36_720_672, 3_534_844_688), ("pi05", 35_638_304, 3_650_230_032)]
+)
+def test_full_size_counts_are_openpis(name, trainable, total):
+    client = Client(name, Reference(GOLDEN / f"{name}_float32.safetensors"))
+    with torch.device("meta"):
+        model = client.Model(client.config(**LORA, max_action_dim=32, max_state_dim=32))
+    assert Counts.of(model) == Counts(504, trainable, total)
+
+
 def test_the_variants_are_lerobots_towers(client):
     assert client.module.get_gemma_config("gemma_2b_lora") == client.module.get_gemma_config("gemma_2b")
     assert client.config(**LORA).paligemma_variant == "gemma_2b_lora"
@@ -300,10 +333,13 @@ def test_a_saved_policy_comes_back_with_its_adapters(client, tmp_path):
     assert torch.equal(actions(client, resumed), actions(client, policy))
 
 
-def test_a_base_policy_loads_into_lora(client, tmp_path):
+def test_a_base_policy_loads_into_lora_from_the_command_line(client, tmp_path):
     base = client.policy().eval()
     base.save_pretrained(tmp_path)
-    tuned = client.Policy.from_pretrained(tmp_path, config=client.config(**LORA)).eval()
+    # What `--policy.path=... --policy.paligemma_variant=gemma_2b_lora` and so on amount to.
+    overrides = [f"--{name}={variant}" for name, variant in LORA.items()]
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=overrides)
+    tuned = client.Policy.from_pretrained(tmp_path, config=config).eval()
     assert lora_layers(tuned)
     assert torch.equal(actions(client, tuned), actions(client, base))
 

@@ -2,8 +2,8 @@
 
 The variant is part of the policy's config, so that a saved policy says by itself which adapters it has.
 
-Source: lerobot 0.4.0 to 0.4.4, `policies/{pi0,pi05}/modeling_*.py`, whose code runs unchanged; the variants are those of
-openpi, `models/gemma.py` (commit 15a9616).
+Source: lerobot 0.4.0 to 0.4.4, `policies/{pi0,pi05}/modeling_*.py`, whose code runs unchanged; the variants are openpi's,
+`models/gemma.py` (commit 15a9616).
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ _VARIANTS = {"gemma_2b_lora": LoRAConfig(rank=16, alpha=16.0), "gemma_300m_lora"
 
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
-    """Teach a `modeling_pi0` or `modeling_pi05` the variants, and make it say so when a LoRA policy fails to load."""
+    """Teach a `modeling_pi0` or `modeling_pi05` the variants, and make it say so when a LoRA policy fails to load.
+
+    Other releases of lerobot are left alone: they build their pi0 from classes of their own, and need nothing of us.
+    """
+    if not hasattr(module, "GemmaForCausalLM"):
+        return
     name = module.__name__.rpartition("_")[2].upper()
     config, model, policy = (getattr(module, name + part) for part in ("Config", "Pytorch", "Policy"))
     replace(undo, config, "__post_init__", _validating_the_tower(config.__post_init__))
