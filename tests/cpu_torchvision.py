@@ -1,20 +1,9 @@
-"""Import this first where lerobot is tested beside a CPU-only torch.
+"""For lerobot beside a CPU-only torch: `PYTHONPATH=tests python -m pytest -p cpu_torchvision tests/test_lerobot.py`.
 
-A torchvision from PyPI cannot load its compiled operators there. lerobot's policies need none of them, but its import
-(for data sets) insists that this one has been declared.
+A torchvision from PyPI cannot load its compiled operators there. lerobot's policies need none of them, but importing
+torchvision, which lerobot does for its data sets and transformers for its image processors, insists on this one.
 """
-
-import contextlib
-import sys
-import warnings
 
 import torch
 
-warnings.filterwarnings("ignore", message="Failed to load image Python extension")
-with contextlib.suppress(ImportError):
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.startswith("torchvision")]:
-            del sys.modules[name]
+torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

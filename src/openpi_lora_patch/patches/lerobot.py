@@ -2,8 +2,8 @@
 
 The variant is part of the policy's config, so that a saved policy says by itself which adapters it has.
 
-Source: lerobot 0.4.0 to 0.4.4, `policies/{pi0,pi05}/modeling_*.py`, whose code runs unchanged; the variants are openpi's,
-`models/gemma.py` (commit 15a9616).
+Source: lerobot 0.4.0 to 0.4.4, `policies/{pi0,pi05}/modeling_*.py`, whose code runs unchanged; the variants are from
+openpi, `models/gemma.py` (commit 15a9616).
 """
 
 from __future__ import annotations
