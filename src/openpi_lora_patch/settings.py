@@ -21,6 +21,10 @@ def _preset(text: str) -> str:
     return {name: name for name in FREEZE_PRESETS}[text]
 
 
+def _choice(*names: str) -> tuple[Callable[[str], str], str]:
+    return {name: name for name in names}.__getitem__, " or ".join(names)
+
+
 def _dropout(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < 1.0:
@@ -36,17 +40,37 @@ class Settings:
         allow_untested: patch an untested transformers release, with a warning (`OPENPI_LORA_ALLOW_UNTESTED`).
         freeze: which parameters train beside the adapters (`OPENPI_LORA_FREEZE`), see `lora.freeze`.
         dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
+        joint: train with a forward of our own for both towers (`OPENPI_LORA_JOINT`); the rest are parts of it, each
+            the same function of the weights, and "auto" on for GPUs from Ampere on.
+        attention: torch's fused kernels, sdpa, or transformers' eager (`OPENPI_LORA_ATTENTION`).
+        fused: Linears and MLPs with adapters as one function each (`OPENPI_LORA_FUSED`).
+        trim: leave out cameras and prompt padding that are masked in the whole batch (`OPENPI_LORA_TRIM`).
+        prune: leave out the part of the last prefix layer that nothing reads (`OPENPI_LORA_PRUNE`).
+        checkpoint: compute layers again in the backward pass: none, every layer, or auto, as few as the memory that is
+            free allows (`OPENPI_LORA_CHECKPOINT`).
     """
 
     allow_untested: bool = False
     freeze: str = "default"
     dropout: float = 0.0
+    joint: bool = True
+    attention: str = "auto"
+    fused: str = "auto"
+    trim: str = "auto"
+    prune: bool = True
+    checkpoint: str = "auto"
 
 
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "allow_untested": (_boolean, "0 or 1"),
     "freeze": (_preset, " or ".join(FREEZE_PRESETS)),
     "dropout": (_dropout, "a number from 0 up to, not including, 1"),
+    "joint": (_boolean, "0 or 1"),
+    "attention": _choice("auto", "sdpa", "eager"),
+    "fused": _choice("auto", "0", "1"),
+    "trim": _choice("auto", "0", "1"),
+    "prune": (_boolean, "0 or 1"),
+    "checkpoint": _choice("auto", "none", "layer"),
 }
 
 

@@ -14,7 +14,7 @@ from ..apply import apply_lora
 from ..lora import from_openpi
 from ..replace import replace
 from ..settings import Settings
-from . import paligemma
+from . import openpi_fast, paligemma
 from .openpi_variants import is_dummy
 
 # Beside openpi's `dummy` towers a full SigLIP would take 8 s a step on two cores.
@@ -26,6 +26,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     cls = module.PI0Pytorch
     replace(undo, cls, "__init__", _building(cls.__init__, module, settings))
     replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
+    openpi_fast.patch(module, settings, undo)
 
 
 def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
@@ -43,6 +44,7 @@ def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
         }
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
+            openpi_fast.enable(self)
 
     return __init__
 

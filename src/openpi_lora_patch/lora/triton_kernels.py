@@ -1,0 +1,203 @@
+"""The functions of `pointwise.py` as Triton kernels, for CUDA tensors. See there for shapes and meaning."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS = 32, 64  # A tile of `_geglu_backward`.
+_PROGRAMS = 2048  # Enough to fill any GPU several times.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    rows, dim = x.shape
+    _rms_norm[(rows,)](x, weight, out, x.stride(0), out.stride(0), eps, dim, triton.next_power_of_2(dim), num_warps=8)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows, dim = x.shape
+    out = torch.empty_like(x)
+    _rms_norm_backward[(rows,)](
+        grad, x, weight, out, grad.stride(0), x.stride(0), eps, dim, triton.next_power_of_2(dim), num_warps=8
+    )
+    return out
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, dim)
+    block = min(1024, triton.next_power_of_2(dim))
+    _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), dim, block, num_warps=4)
+    return out
+
+
+def geglu_backward(
+    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, dim = grad.shape
+    columns = triton.cdiv(dim, _COLUMNS)
+    splits = max(1, min(triton.cdiv(rows, 4 * _ROWS), _PROGRAMS // columns))
+    length = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
+    out = torch.empty_like(gate_up)
+    after, before = _partial(inner, splits, 2 * dim), _partial(inner_grad, splits, dim)
+    _geglu_backward[(columns, splits)](
+        grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length,
+        *(0 if t is None else t.shape[1] for t in (inner, inner_grad)),
+        *(0 if t is None else max(16, triton.next_power_of_2(t.shape[1])) for t in (inner, inner_grad)),
+        _ROWS, _COLUMNS, num_warps=4, num_stages=3,
+    )
+    return out, None if after is None else after.sum(0).T, None if before is None else before.sum(0)
+
+
+def rotate(
+    packed: Tensor, cos: Tensor, sin: Tensor, joint: tuple[Tensor, Tensor, Tensor], offset: int, inverse: bool
+) -> None:
+    batch, length, _, head_dim = packed.shape
+    query, key, value = joint
+    _rotate[(length, batch)](
+        packed, cos, sin, query, key, value, offset, length,
+        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        query.shape[2], key.shape[2], head_dim // 2, triton.next_power_of_2(head_dim // 2), inverse, num_warps=4,
+    )
+
+
+def _partial(inner: Tensor | None, splits: int, dim: int) -> Tensor | None:
+    """Sums over a part of the rows, (splits, r, dim), which are then added up: always in the same order."""
+    return None if inner is None else inner.new_empty(splits, inner.shape[1], dim, dtype=torch.float32)
+
+
+@triton.jit  # type: ignore[misc]
+def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < DIM
+    value = tl.load(x + row * x_stride + at, inside, 0.0).to(tl.float32)
+    scale = 1 + tl.load(weight + at, inside, 0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value) / DIM + eps) * scale
+    tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit  # type: ignore[misc]
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, out, grad_stride, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < DIM
+    value = tl.load(x + row * stride + at, inside, 0.0).to(tl.float32)
+    slope = tl.load(grad + row * grad_stride + at, inside, 0.0).to(tl.float32)
+    slope *= 1 + tl.load(weight + at, inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
+    normed = value * scale
+    result = scale * (slope - normed * (tl.sum(slope * normed) / DIM))
+    tl.store(out + row * stride + at, result.to(out.dtype.element_ty), inside)
+
+
+@triton.jit  # type: ignore[misc]
+def _gelu(gate):  # type: ignore[no-untyped-def]
+    """gelu(gate) in its tanh form, written with a sigmoid, and its slope."""
+    part = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    slope = part + gate * part * (1 - part) * 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
+    return gate * part, slope
+
+
+@triton.jit  # type: ignore[misc]
+def _geglu(gate_up, out, stride, dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < dim
+    gate = tl.load(gate_up + row * stride + at, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + dim + at, inside, 0.0).to(tl.float32)
+    gelu, _ = _gelu(gate)
+    tl.store(out + row * dim + at, (gelu * up).to(out.dtype.element_ty), inside)
+
+
+@triton.jit  # type: ignore[misc]
+def _geglu_backward(  # type: ignore[no-untyped-def]
+    grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length,
+    R: tl.constexpr, S: tl.constexpr, R_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """One program: some columns, one part of the rows; what is summed over rows stays in registers."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    element = out.dtype.element_ty
+    if R > 0:
+        rank = tl.arange(0, R_BLOCK)
+        gate_sum = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+        up_sum = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+    if S > 0:
+        last_rank = tl.arange(0, S_BLOCK)
+        down_sum = tl.zeros((S_BLOCK, COLUMNS), tl.float32)
+    for start in range(split * length, min((split + 1) * length, rows), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        there = (row[:, None] < rows) & (column[None, :] < dim)
+        at = row[:, None] * (2 * dim) + column[None, :]
+        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
+        up = tl.load(gate_up + at + dim, there, 0.0).to(tl.float32)
+        slope = tl.load(grad + row[:, None] * dim + column[None, :], there, 0.0).to(tl.float32)
+        gelu, gelu_slope = _gelu(gate)
+        gate_grad = (slope * up * gelu_slope).to(element)
+        up_grad = (slope * gelu).to(element)
+        tl.store(out + at, gate_grad, there)
+        tl.store(out + at + dim, up_grad, there)
+        if R > 0:
+            known = (row[None, :] < rows) & (rank[:, None] < R)
+            hidden = tl.load(inner + row[None, :] * R + rank[:, None], known, 0.0)
+            gate_sum += tl.dot(hidden, gate_grad)
+            up_sum += tl.dot(hidden, up_grad)
+        if S > 0:
+            known = (row[None, :] < rows) & (last_rank[:, None] < S)
+            hidden = tl.load(inner_grad + row[None, :] * S + last_rank[:, None], known, 0.0)
+            down_sum += tl.dot(hidden, (gelu * up).to(element))
+    if R > 0:
+        at = (split * R + rank[:, None]).to(tl.int64) * (2 * dim) + column[None, :]
+        there = (rank[:, None] < R) & (column[None, :] < dim)
+        tl.store(after + at, gate_sum, there)
+        tl.store(after + at + dim, up_sum, there)
+    if S > 0:
+        at = (split * S + last_rank[:, None]).to(tl.int64) * dim + column[None, :]
+        tl.store(before + at, down_sum, (last_rank[:, None] < S) & (column[None, :] < dim))
+
+
+@triton.jit  # type: ignore[misc]
+def _rotate(  # type: ignore[no-untyped-def]
+    packed, cos, sin, query, key, value, offset, length, cos_batch, cos_token,
+    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
+):
+    """One program: all heads of one token."""
+    token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < HALF
+    angle = batch * cos_batch + (token + offset) * cos_token + at
+    cosine = tl.load(cos + angle, inside, 0.0).to(tl.float32)
+    sine = tl.load(sin + angle, inside, 0.0).to(tl.float32)
+    if INVERSE:
+        sine = -sine
+    part = packed + (batch * length + token) * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
+    for head in tl.static_range(HEADS + 2 * KV_HEADS):
+        if head < HEADS:
+            whole = query + batch * query_batch + (token + offset) * query_token + head * query_head
+        elif head < HEADS + KV_HEADS:
+            whole = key + batch * key_batch + (token + offset) * key_token + (head - HEADS) * key_head
+        else:
+            whole = value + batch * value_batch + (token + offset) * value_token + (head - HEADS - KV_HEADS) * value_head
+        own = part + head * 2 * HALF
+        if INVERSE:
+            source, target = whole, own
+        else:
+            source, target = own, whole
+        first = tl.load(source + at, inside, 0.0).to(tl.float32)
+        second = tl.load(source + HALF + at, inside, 0.0).to(tl.float32)
+        if head < HEADS + KV_HEADS:
+            turned = first * cosine - second * sine
+            second = second * cosine + first * sine
+            first = turned
+        tl.store(target + at, first.to(target.dtype.element_ty), inside)
+        tl.store(target + HALF + at, second.to(target.dtype.element_ty), inside)
+
+

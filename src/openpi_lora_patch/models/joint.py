@@ -1,0 +1,241 @@
+"""Both towers of a pi0 or pi0.5 in one pass, layer by layer, each attending to the other's tokens: the training forward.
+
+What it does not do, against `PaliGemmaWithExpertModel.forward`: build the rotary angles and a dummy tensor in every
+layer, copy residuals, checkpoint what is checkpointed again inside, and compute what cannot reach the loss.
+
+Source: openpi, `models_pytorch/gemma_pytorch.py` (commit 15a9616); behaviour only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma import modeling_gemma
+
+from ..lora import kernels, pointwise
+from ..patches.gemma import gated_residual
+from ..settings import Settings
+
+logger = logging.getLogger("openpi_lora_patch")
+
+# Attention kernels want the number of tokens to be a multiple of this.
+_ALIGNMENT = 8
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a forward is computed; every choice gives the same function.
+
+    Attributes:
+        sdpa: attention by torch's fused kernels, else by transformers' eager function, as openpi does.
+        fused: Linears and MLPs by the functions in `lora.kernels`, where their weights are frozen.
+        trim: leave out cameras and prompt padding that are masked in the whole batch.
+        prune: leave out the part of the last prefix layer that nothing reads.
+        checkpoint: "none", "layer" or "auto": whether layers are computed again in the backward pass; auto does so
+            for as few as the free memory allows.
+    """
+
+    sdpa: bool
+    fused: bool
+    trim: bool
+    prune: bool
+    checkpoint: str
+
+
+@functools.cache
+def plan(settings: Settings, device: torch.device) -> Plan:
+    """What the settings come to on this device. What is "auto" there needs bfloat16 on a GPU, and Triton for `fused`."""
+    gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    chosen = Plan(
+        sdpa=gpu if settings.attention == "auto" else settings.attention == "sdpa",
+        fused=gpu and pointwise.has_triton() if settings.fused == "auto" else settings.fused == "1",
+        trim=gpu if settings.trim == "auto" else settings.trim == "1",
+        prune=settings.prune,
+        checkpoint=settings.checkpoint,
+    )
+    logger.info("Training forward on %s: %s", device, chosen)
+    return chosen
+
+
+def forward(
+    towers: Any,
+    embeds: Sequence[Tensor],
+    mask: Tensor,
+    position_ids: Tensor,
+    conds: Sequence[Tensor | None],
+    chosen: Plan,
+) -> list[Tensor | None]:
+    """The two outputs; that of the prefix is None in training where the plan prunes it.
+
+    Args:
+        towers: holds `paligemma` and `gemma_expert`.
+        embeds: prefix and suffix, (batch, length, width) each.
+        mask: (batch, 1, tokens, tokens), added to the scores.
+        position_ids: (batch, tokens).
+        conds: condition of each tower's norms, (batch, width), or None.
+        chosen: see `Plan`.
+    """
+    models = (towers.paligemma.model.language_model, towers.gemma_expert.model)
+    rotary = models[0].rotary_emb(embeds[0], position_ids)
+    attention = _Fused(mask, rotary, embeds[0].dtype) if chosen.sdpa else _Eager(mask, rotary)
+    pairs = list(zip(*(model.layers for model in models), strict=True))
+    prune = chosen.prune and towers.training
+    recomputed = _recomputed(models, embeds, chosen.checkpoint) if torch.is_grad_enabled() else 0
+    hidden: list[Tensor | None] = list(embeds)
+    for index, pair in enumerate(pairs):
+        layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and index == len(pairs) - 1)
+        # The first layers are the ones to recompute: by then the backward pass has freed what the others kept.
+        hidden = layer(hidden, keep=index >= recomputed)
+    return [
+        None if x is None else model.norm(x, cond)[0] for model, x, cond in zip(models, hidden, conds, strict=True)
+    ]
+
+
+class _Layer:
+    """One layer of each tower."""
+
+    def __init__(
+        self, pair: Sequence[Any], conds: Sequence[Tensor | None], attention: _Eager | _Fused, *, fused: bool, prune: bool
+    ) -> None:
+        self.pair, self.conds, self.attention, self.fused = pair, conds, attention, fused
+        self.alive = (not prune, True)
+
+    def __call__(self, hidden: Sequence[Any], *, keep: bool) -> list[Tensor | None]:
+        middle = self._attend(*hidden) if keep else _again(self._attend, *hidden)
+        return [
+            None if x is None else self._feed_forward(layer, x, cond, keep)
+            for layer, x, cond in zip(self.pair, middle, self.conds, strict=True)
+        ]
+
+    def _attend(self, *hidden: Tensor) -> list[Tensor | None]:
+        packed, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
+        attended = self.attention([layer.self_attn for layer in self.pair], packed)
+        return [
+            gated_residual(x, self._linears(part, (layer.self_attn.o_proj,)), gate) if alive else None
+            for layer, x, part, gate, alive in zip(self.pair, hidden, attended, gates, self.alive, strict=True)
+        ]
+
+    def _project(self, layer: Any, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values side by side, (batch, length, (heads + 2 * kv_heads) * head_dim), and the gate."""
+        attention = layer.self_attn
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        x, gate, norm = self._norm(layer.input_layernorm, x, cond, linears)
+        return self._linears(x, linears, norm), gate
+
+    def _feed_forward(self, layer: Any, x: Tensor, cond: Tensor | None, keep: bool) -> Tensor | None:
+        mlp = layer.mlp
+        linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if self._fusable(x, linears):
+            normed, gate, norm = self._norm(layer.post_attention_layernorm, x, cond, linears)
+            return gated_residual(x, kernels.feed_forward(normed, mlp, norm, keep=keep), gate)
+
+        def plain(x: Tensor, cond: Tensor | None) -> Any:
+            normed, gate = layer.post_attention_layernorm(x, cond)
+            return gated_residual(x, mlp(normed), gate)
+
+        return plain(x, cond) if keep else _again(plain, x, cond)
+
+    def _norm(
+        self, module: Any, x: Tensor, cond: Tensor | None, linears: Sequence[Any]
+    ) -> tuple[Tensor, Tensor | None, kernels.Norm | None]:
+        """The normalised input and its gate; or the input as it is, and the norm that the Linears are to apply."""
+        if cond is None and not module.weight.requires_grad and self._fusable(x, linears):
+            return x, None, kernels.Norm(module.weight, module.eps)
+        return *module(x, cond), None
+
+    def _linears(self, x: Tensor, linears: Sequence[Any], norm: kernels.Norm | None = None) -> Tensor:
+        if self._fusable(x, linears):
+            return kernels.project(x, linears, norm)
+        outputs = [linear(x) for linear in linears]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _fusable(self, x: Tensor, linears: Sequence[Any]) -> bool:
+        # The kernels' sums over rows are made for bfloat16; on the CPU plain torch stands in for them.
+        fits = x.dtype == torch.bfloat16 or not x.is_cuda
+        return self.fused and fits and all(kernels.fusable(y) and y.weight.dtype == x.dtype for y in linears)
+
+
+class _Eager:
+    """transformers' eager attention on openpi's mask."""
+
+    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        self.mask, self.rotary = mask, rotary
+
+    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Packed projections of each tower to what its tokens attended to, (batch, length, heads * head_dim)."""
+        first = attentions[0]
+        joint = torch.cat(tuple(packed), dim=1).unflatten(-1, (-1, first.head_dim)).transpose(1, 2)
+        query, key, value = joint.split(_heads(first, joint.shape[1]), dim=1)
+        query, key = modeling_gemma.apply_rotary_pos_emb(query, key, *self.rotary)
+        output, _ = modeling_gemma.eager_attention_forward(first, query, key, value, self.mask, first.scaling)
+        return output.flatten(2).split([part.shape[1] for part in packed], dim=1)
+
+
+class _Fused:
+    """torch's attention kernels. Tokens are added up to a multiple of 8; nothing attends to them."""
+
+    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        self.rotary = rotary
+        missing = -mask.shape[-1] % _ALIGNMENT
+        self.total = mask.shape[-1] + missing
+        # openpi's blocked score is finite, so a row that blocks everything is no division by zero; it stays so here.
+        self.mask = F.pad(F.pad(mask.to(dtype), (0, missing), value=float("-inf")), (0, 0, 0, missing), value=0.0)
+        if missing:
+            self.mask[..., -missing:, -missing:] = float("-inf")
+
+    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `_Eager`."""
+        first = attentions[0]
+        heads = _heads(first, packed[0].shape[-1] // first.head_dim)
+        parts = [part.unflatten(-1, (-1, first.head_dim)) for part in packed]
+        joint = kernels.JoinRotated.apply(*self.rotary, heads[0], self.total, *parts)  # type: ignore[no-untyped-call]
+        query, key, value = (whole.transpose(1, 2) for whole in joint)
+        key, value = (whole.expand(-1, heads[0], -1, -1) if heads[1] == 1 else whole.repeat_interleave(
+            heads[0] // heads[1], dim=1) for whole in (key, value))
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            output = F.scaled_dot_product_attention(query, key, value, self.mask, scale=first.scaling)
+        lengths = [part.shape[1] for part in packed]
+        return output.transpose(1, 2)[:, : sum(lengths)].flatten(2).split(lengths, dim=1)
+
+
+def _heads(attention: Any, packed: int) -> list[int]:
+    """How many heads of queries, keys and values there are among `packed`."""
+    kv_heads = packed // (attention.num_key_value_groups + 2)
+    return [packed - 2 * kv_heads, kv_heads, kv_heads]
+
+
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _recomputed(models: Sequence[Any], embeds: Sequence[Tensor], policy: str) -> int:
+    """How many layers, from the first on, are computed again in the backward pass."""
+    layers = len(models[0].layers)
+    device = embeds[0].device
+    if policy != "auto":
+        return {"none": 0, "layer": layers}[policy]
+    if device.type != "cuda":
+        return layers
+    kept, least, spare = 0, 0, 0
+    for model, x in zip(models, embeds, strict=True):
+        elements = x.numel() // x.shape[-1] * x.element_size()
+        attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+        wide = 2 * mlp.gate_proj.out_features
+        projected = attention.q_proj.out_features * 2 + attention.k_proj.out_features * 2
+        least += elements * 2 * x.shape[-1]
+        kept += elements * (wide + projected + 2 * x.shape[-1])
+        spare += elements * 2 * wide
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = 0.9 * free - spare - layers * least
+    return max(0, layers - max(0, int(room // (kept - least))))

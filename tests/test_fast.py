@@ -1,0 +1,133 @@
+"""The joint forward: openpi's reference outputs, every adapter's gradient, every setting alone, openpi's own model."""
+
+import copy
+import dataclasses
+import itertools
+
+import golden
+import pytest
+import torch
+
+from openpi_lora_patch.apply import apply_lora
+from openpi_lora_patch.lora import LoRAConfig, lora_layers
+from openpi_lora_patch.lora.config import ATTENTION, FFN
+from openpi_lora_patch.models import joint
+from openpi_lora_patch.patches import openpi_fast
+from openpi_lora_patch.reference import Reference, distance
+from openpi_lora_patch.settings import Settings
+
+PLAIN = joint.Plan(sdpa=False, fused=False, trim=False, prune=False, checkpoint="none")
+CHANGES = [
+    {"sdpa": True}, {"fused": True}, {"prune": True}, {"checkpoint": "layer"}, {"checkpoint": "auto"},
+    {"sdpa": True, "fused": True, "prune": True}, {"sdpa": True, "fused": True, "prune": True, "checkpoint": "layer"},
+]  # fmt: skip
+MODELS = ("pi0", "pi05")
+
+
+def adapted(kind, dtype=torch.float64):
+    """A small model with adapters that are not zero, and the inputs of its towers."""
+    data = Reference(golden.GOLDEN / f"{kind}_float32.safetensors")
+    model = data.pi0()
+    targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=8.0))
+    torch.manual_seed(0)
+    apply_lora(model, paligemma=targets, action_expert={**targets, "q_proj": LoRAConfig(rank=3, alpha=3.0)})
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(dtype), layer.lora_B.data.to(dtype)
+    model.to(dtype).train()
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in data.inputs.items()}
+    return model, inputs
+
+
+def run(model, inputs, plan):
+    """Suffix output and gradients by name, as in training, where the outputs for the prefix are not used."""
+    model.zero_grad()
+    mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
+    embeds = [inputs["prefix_embs"], inputs["suffix_embs"]]
+    conds = (None, inputs.get("adarms_cond"))
+    outputs = joint.forward(
+        model.paligemma_with_expert, embeds, mask.to(embeds[0].dtype), inputs["position_ids"], conds, plan
+    )
+    outputs[1].square().sum().backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [f"{kind}_{dtype}" for kind in MODELS for dtype in ("float32", "bfloat16")])
+def test_default_on_a_cpu_gives_the_reference_outputs(name):
+    data = Reference(golden.GOLDEN / f"{name}.safetensors")
+    model, inputs = data.pi0().eval(), data.inputs
+    mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
+    embeds, conds = [inputs["prefix_embs"], inputs["suffix_embs"]], (None, inputs.get("adarms_cond"))
+    chosen = joint.plan(Settings(), torch.device("cpu"))
+    with torch.no_grad():
+        prefix, suffix = joint.forward(model.paligemma_with_expert, embeds, mask, inputs["position_ids"], conds, chosen)
+    golden.assert_same(prefix, data.outputs["prefix_out"])
+    golden.assert_same(suffix, data.outputs["suffix_out"])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_part_on_gives_the_reference_outputs_in_float32(kind):
+    data = Reference(golden.GOLDEN / f"{kind}_float32.safetensors")
+    model, inputs = data.pi0().eval().requires_grad_(False), data.inputs
+    mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
+    embeds, conds = [inputs["prefix_embs"], inputs["suffix_embs"]], (None, inputs.get("adarms_cond"))
+    chosen = joint.Plan(sdpa=True, fused=True, trim=True, prune=True, checkpoint="none")
+    _, suffix = joint.forward(model.paligemma_with_expert, embeds, mask, inputs["position_ids"], conds, chosen)
+    assert distance(suffix, data.outputs["suffix_out"]) <= golden.TOLERANCE
+
+
+@pytest.mark.parametrize(("kind", "change"), list(itertools.product(MODELS, CHANGES)), ids=str)
+def test_a_part_changes_neither_output_nor_any_adapters_gradient(kind, change):
+    model, inputs = adapted(kind)
+    (_, expected), gradients = run(model, inputs, PLAIN)
+    (_, found), found_gradients = run(model, inputs, dataclasses.replace(PLAIN, **change))
+    assert distance(found, expected) < 1e-6  # transformers' softmax and norms go through float32.
+    assert found_gradients.keys() == gradients.keys()
+    adapters = [name for name in gradients if "lora_" in name]
+    assert len(adapters) == 2 * len(lora_layers(model)) - 8  # The last prefix layer's o, gate, up and down have none.
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        assert (found_gradients[name] - gradient).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_checkpointing_is_bitwise_the_same(kind):
+    model, inputs = adapted(kind, torch.float32)
+    (_, once), gradients = run(model, inputs, PLAIN)
+    (_, twice), again = run(model, inputs, dataclasses.replace(PLAIN, checkpoint="layer"))
+    assert torch.equal(once, twice)
+    assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+
+
+def test_pruning_leaves_the_prefix_output_out_in_training_only():
+    model, inputs = adapted("pi0")
+    pruned = dataclasses.replace(PLAIN, prune=True)
+    assert run(model, inputs, pruned)[0][0] is None
+    assert run(model.eval(), inputs, pruned)[0][0] is not None
+
+
+def test_a_tower_that_trains_keeps_its_weights_gradients():
+    model, inputs = adapted("pi0")
+    model.paligemma_with_expert.gemma_expert.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_()
+    _, gradients = run(model, inputs, PLAIN)
+    _, found = run(model, inputs, dataclasses.replace(PLAIN, fused=True))
+    assert found.keys() == gradients.keys()
+
+
+def test_trimming_leaves_out_absent_cameras_and_padding():
+    images = [torch.full((2, 3, 4, 4), float(i)) for i in range(3)]
+    masks = [torch.tensor([True, False]), torch.tensor([False, False]), torch.tensor([True, True])]
+    token_mask = torch.zeros(2, 24, dtype=torch.bool)
+    token_mask[0, :3] = token_mask[1, :9] = True
+    kept, kept_masks, tokens, kept_tokens = openpi_fast.trimmed(images, masks, torch.arange(48).view(2, 24), token_mask)
+    assert [image[0, 0, 0, 0].item() for image in kept] == [0, 2]
+    assert [mask.tolist() for mask in kept_masks] == [[True, False], [True, True]]
+    assert tokens.shape == kept_tokens.shape == (2, 16)
+    assert kept_tokens.sum() == token_mask.sum()
+
+
+def test_a_trained_model_can_be_copied():
+    model, inputs = adapted("pi0")
+    openpi_fast.enable(model)
+    assert copy.deepcopy(model).paligemma_with_expert.trains_fast
+    run(copy.deepcopy(model), inputs, PLAIN)
