@@ -1,6 +1,7 @@
 """A program: what each stock model that holds a Gemma or a SigLIP computes, as digests in JSON. Seeded, on tiny models.
 
-For each model: its output, its gradients, and how often an MLP ran: where checkpointing is on, twice a layer. A model that this release does not have is "absent".
+For each model: its output, its gradients, and how often an MLP ran: where checkpointing is on, twice a layer. A model
+that this release does not have is "absent".
 """
 
 import hashlib
