@@ -16,7 +16,7 @@ from openpi_lora_patch.patches import openpi_fast
 from openpi_lora_patch.reference import Reference, distance
 from openpi_lora_patch.settings import Settings
 
-PLAIN = joint.Plan(sdpa=False, fused=False, trim=False, prune=False, checkpoint="none")
+PLAIN = joint.Plan(sdpa=False, fused=False, trim=False, prune=False, compile=False, checkpoint="none")
 CHANGES = [
     {"sdpa": True}, {"fused": True}, {"prune": True}, {"checkpoint": "layer"}, {"checkpoint": "auto"},
     {"sdpa": True, "fused": True, "prune": True}, {"sdpa": True, "fused": True, "prune": True, "checkpoint": "layer"},
@@ -39,14 +39,14 @@ def adapted(kind, dtype=torch.float64):
     return model, inputs
 
 
-def run(model, inputs, plan):
+def run(model, inputs, plan, **options):
     """Suffix output and gradients by name, as in training, where the outputs for the prefix are not used."""
     model.zero_grad()
     mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
     embeds = [inputs["prefix_embs"], inputs["suffix_embs"]]
     conds = (None, inputs.get("adarms_cond"))
     outputs = joint.forward(
-        model.paligemma_with_expert, embeds, mask.to(embeds[0].dtype), inputs["position_ids"], conds, plan
+        model.paligemma_with_expert, embeds, mask.to(embeds[0].dtype), inputs["position_ids"], conds, plan, **options
     )
     outputs[1].square().sum().backward()
     return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -71,7 +71,7 @@ def test_every_part_on_gives_the_reference_outputs_in_float32(kind):
     model, inputs = data.pi0().eval().requires_grad_(False), data.inputs
     mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
     embeds, conds = [inputs["prefix_embs"], inputs["suffix_embs"]], (None, inputs.get("adarms_cond"))
-    chosen = joint.Plan(sdpa=True, fused=True, trim=True, prune=True, checkpoint="none")
+    chosen = joint.Plan(sdpa=True, fused=True, trim=True, prune=True, compile=False, checkpoint="none")
     _, suffix = joint.forward(model.paligemma_with_expert, embeds, mask, inputs["position_ids"], conds, chosen)
     assert distance(suffix, data.outputs["suffix_out"]) <= golden.TOLERANCE
 
@@ -119,11 +119,44 @@ def test_trimming_leaves_out_absent_cameras_and_padding():
     masks = [torch.tensor([True, False]), torch.tensor([False, False]), torch.tensor([True, True])]
     token_mask = torch.zeros(2, 24, dtype=torch.bool)
     token_mask[0, :3] = token_mask[1, :9] = True
-    kept, kept_masks, tokens, kept_tokens = openpi_fast.trimmed(images, masks, torch.arange(48).view(2, 24), token_mask)
+    left, whole = openpi_fast.trimmed(images, masks, torch.arange(48).view(2, 24), token_mask)
+    kept, kept_masks, tokens, kept_tokens = left
     assert [image[0, 0, 0, 0].item() for image in kept] == [0, 2]
     assert [mask.tolist() for mask in kept_masks] == [[True, False], [True, True]]
     assert tokens.shape == kept_tokens.shape == (2, 16)
     assert kept_tokens.sum() == token_mask.sum()
+    assert not whole
+
+
+@pytest.mark.parametrize(
+    ("camera", "prompts", "whole"),
+    [([1, 1], ["111", "111"], True), ([0, 0], ["110", "110"], True), ([1, 0], ["111", "111"], False),
+     ([1, 1], ["111", "110"], False), ([1, 1], ["011", "011"], False), ([1, 1], ["000", "000"], False)],
+)  # fmt: skip
+def test_a_prefix_is_whole_where_nothing_left_of_it_is_masked(camera, prompts, whole):
+    masks = [torch.ones(2, dtype=torch.bool), torch.tensor(camera).bool()]
+    token_mask = torch.tensor([[letter == "1" for letter in prompt] for prompt in prompts])
+    left, found = openpi_fast.trimmed(masks, masks, torch.zeros(2, 3), token_mask)
+    assert found is whole
+    if whole:
+        assert all(mask.all() for mask in left[1])
+        assert left[3].all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_whole_prefix_needs_no_mask(kind, prune):
+    model, inputs = adapted(kind)
+    length = inputs["prefix_embs"].shape[1]
+    inputs["attention_allowed"] = inputs["attention_allowed"].clone()
+    inputs["attention_allowed"][:, :, :length, :length] = True
+    (_, expected), gradients = run(model, inputs, PLAIN)
+    plan = dataclasses.replace(PLAIN, sdpa=True, prune=prune)
+    (_, found), found_gradients = run(model, inputs, plan, whole_prefix=True)
+    assert distance(found, expected) < 1e-6
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        assert (found_gradients[name] - gradient).abs().max() / scale < 1e-4, name
 
 
 def test_a_trained_model_can_be_copied():

@@ -46,6 +46,7 @@ class Settings:
         fused: Linears and MLPs with adapters as one function each (`OPENPI_LORA_FUSED`).
         trim: leave out cameras and prompt padding that are masked in the whole batch (`OPENPI_LORA_TRIM`).
         prune: leave out the part of the last prefix layer that nothing reads (`OPENPI_LORA_PRUNE`).
+        compile: a frozen vision tower by `torch.compile` (`OPENPI_LORA_COMPILE`).
         checkpoint: compute layers again in the backward pass: none, every layer, or auto, as few as the memory that is
             free allows (`OPENPI_LORA_CHECKPOINT`).
     """
@@ -58,6 +59,7 @@ class Settings:
     fused: str = "auto"
     trim: str = "auto"
     prune: bool = True
+    compile: str = "auto"
     checkpoint: str = "auto"
 
 
@@ -70,6 +72,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "fused": _choice("auto", "0", "1"),
     "trim": _choice("auto", "0", "1"),
     "prune": (_boolean, "0 or 1"),
+    "compile": _choice("auto", "0", "1"),
     "checkpoint": _choice("auto", "none", "layer"),
 }
 

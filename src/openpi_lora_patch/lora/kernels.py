@@ -79,39 +79,46 @@ def feed_forward(x: Tensor, mlp: Any, norm: Norm | None = None, *, keep: bool = 
 class JoinRotated(torch.autograd.Function):
     """Packed queries, keys and values of several towers to those of all tokens in a row, rotated (RoPE).
 
-    Inputs: cos and sin (batch, tokens, head_dim); the number of query heads; the number of tokens in the result, which
-    are zero beyond those that there are; each tower's packed tensor (batch, length, heads + 2 * kv_heads, head_dim).
-    Outputs: (batch, total, heads or kv_heads, head_dim), three of them.
+    Inputs: cos and sin (batch, tokens, head_dim); the number of query heads; how many tokens to add at the end, zeros;
+    whether to leave the queries apart; each tower's packed tensor (batch, length, heads + 2 * kv_heads, head_dim).
+    Outputs: queries, of all towers or one for each (and none added), keys, values: (batch, tokens, heads, head_dim).
     """
 
     @staticmethod
-    def forward(ctx: Any, cos: Tensor, sin: Tensor, heads: int, total: int, *packed: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, cos: Tensor, sin: Tensor, heads: int, added: int, apart: bool, *packed: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        ctx.shapes = [part.shape for part in packed]
+        ctx.apart, ctx.shapes = apart, [part.shape for part in packed]
         batch, _, all_heads, head_dim = packed[0].shape
         kv_heads = (all_heads - heads) // 2
-        joint = [packed[0].new_empty(batch, total, n, head_dim) for n in (heads, kv_heads, kv_heads)]
-        offset = 0
-        for part in packed:
-            pointwise.rotate(part, cos, sin, (joint[0], joint[1], joint[2]), offset)
-            offset += part.shape[1]
-        for whole in joint:
-            whole[:, offset:].zero_()
-        return tuple(joint)
+        lengths = [part.shape[1] for part in packed]
+        tokens = sum(lengths) + added
+
+        def room(length: int, n: int) -> Tensor:
+            return packed[0].new_empty(batch, length, n, head_dim)
+
+        queries = [room(length, heads) for length in lengths] if apart else [room(tokens, heads)]
+        key, value = room(tokens, kv_heads), room(tokens, kv_heads)
+        for i, (part, offset) in enumerate(zip(packed, _offsets(lengths), strict=True)):
+            query, query_offset = (queries[i], 0) if apart else (queries[0], offset)
+            pointwise.rotate(part, cos, sin, (query, key, value), offset, query_offset)
+        for whole in (key, value) if apart else (*queries, key, value):
+            whole[:, sum(lengths) :].zero_()
+        return *queries, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        query, key, value = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
+        *queries, key, value = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
         results: list[Tensor | None] = []
-        offset = 0
-        for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[4:], strict=True):
-            part = query.new_empty(shape) if needed else None
+        for i, (shape, offset) in enumerate(zip(ctx.shapes, _offsets([s[1] for s in ctx.shapes]), strict=True)):
+            part = key.new_empty(shape) if ctx.needs_input_grad[5 + i] else None
             if part is not None:
-                pointwise.rotate_back(part, cos, sin, (query, key, value), offset)
+                query, query_offset = (queries[i], 0) if ctx.apart else (queries[0], offset)
+                pointwise.rotate_back(part, cos, sin, (query, key, value), offset, query_offset)
             results.append(part)
-            offset += shape[1]
-        return None, None, None, None, *results
+        return None, None, None, None, None, *results
 
 
 class _Projection(torch.autograd.Function):
@@ -121,29 +128,24 @@ class _Projection(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor | None, eps: float, scalings: tuple[float, ...], *tensors: Tensor
     ) -> Tensor:
-        weights, matrices_a, matrices_b = _thirds(tensors)
-        a, b = _stack(matrices_a, x.dtype), _block_diagonal(matrices_b, scalings, x.dtype)
-        normed = x if norm is None else pointwise.rms_norm(x, norm, eps)
-        hidden = None if a is None else normed @ a.T
+        linear = _Stacked(*_thirds(tensors), scalings, x.dtype)
+        output, hidden = linear(x, norm, eps)
         ctx.eps, ctx.scalings = eps, scalings
         ctx.save_for_backward(x, norm, hidden, *tensors)
-        return _sum_of_products(normed, _cat(weights).T, hidden, None if b is None else b.T)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, norm, hidden, *tensors = ctx.saved_tensors
         weights, matrices_a, matrices_b = _thirds(tensors)
-        a, b = _stack(matrices_a, x.dtype), _block_diagonal(matrices_b, ctx.scalings, x.dtype)
-        grads_a, grads_b = [None] * len(weights), [None] * len(weights)
-        hidden_grad = None
-        if a is not None and b is not None:
-            hidden_grad = grad @ b
-            normed = x if norm is None else pointwise.rms_norm(x, norm, ctx.eps)
-            grads_a = _unstack(hidden_grad.T @ normed, matrices_a)
+        linear = _Stacked(weights, matrices_a, matrices_b, ctx.scalings, x.dtype)
+        hidden_grad = linear.hidden_grad(grad)
+        grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
+        if hidden_grad is not None:
+            grads_a = _unstack(hidden_grad.T @ _normalise(x, norm, ctx.eps), matrices_a)
             grads_b = _unblock(grad.T @ hidden, matrices_b, ctx.scalings)
-        x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _sum_of_products(grad, _cat(weights), hidden_grad, a)
+            x_grad = linear.backward(grad, hidden_grad)
             if norm is not None:
                 x_grad = pointwise.rms_norm_backward(x_grad, x, norm, ctx.eps)
         return x_grad, None, None, None, *(None for _ in weights), *grads_a, *grads_b
@@ -156,14 +158,13 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor | None, eps: float, keep: bool, scalings: tuple[float, ...], *tensors: Tensor
     ) -> Tensor:
-        half = _GateUp(tensors, scalings, norm, eps, x.dtype)
-        down, a, b = tensors[2], _stack(tensors[5:6], x.dtype), _block_diagonal(tensors[8:], scalings[2:], x.dtype)
+        first, last = _halves(tensors, scalings, x.dtype)
         outputs, kept = [], []
         for rows in (x,) if keep else x.split(_CHUNK):
-            gate_up, inner = half(rows)
-            activation = pointwise.geglu(gate_up)
-            hidden = None if a is None else activation @ a.T
-            outputs.append(_sum_of_products(activation, down.T, hidden, None if b is None else b.T))
+            gate_up, inner = first(rows, norm, eps)
+            wide, activation = last.room(len(rows), last.size)
+            hidden = pointwise.geglu(gate_up, activation, last.a)
+            outputs.append(last.product(wide, hidden))
             kept = [gate_up, inner, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
         ctx.save_for_backward(x, norm, *tensors, *kept)
@@ -173,73 +174,129 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, norm, *saved = ctx.saved_tensors
         tensors, kept = saved[:9], saved[9:]
-        weights, matrices_a, matrices_b = _thirds(tensors)
-        half = _GateUp(tensors, ctx.scalings, norm, ctx.eps, x.dtype)
-        a, b = _stack(matrices_a[2:], x.dtype), _block_diagonal(matrices_b[2:], ctx.scalings[2:], x.dtype)
-        totals = _Totals()
-        x_grads = []
+        first, last = _halves(tensors, ctx.scalings, x.dtype)
+        totals, x_grads = _Totals(), []
         for rows, out_grad in ((x, grad),) if ctx.keep else zip(x.split(_CHUNK), grad.split(_CHUNK), strict=True):
-            gate_up, inner, hidden = kept or (*half(rows), None)
-            hidden_grad = None if b is None else out_grad @ b
-            activation_grad = _wide_product(out_grad, weights[2], hidden_grad, a)
-            gate_up_grad, b_half, a_down = pointwise.geglu_backward(activation_grad, gate_up, inner, hidden_grad)
-            del activation_grad
-            if a is not None:
-                if hidden is None:
-                    hidden = pointwise.geglu(gate_up) @ a.T
-                totals.add(a_down=a_down, b_down=out_grad.T @ hidden)
-            del gate_up
-            x_grad, a_half = half.backward(rows, gate_up_grad, needs_x=ctx.needs_input_grad[0])
-            totals.add(a_half=a_half, b_half=b_half)
-            x_grads.append(x_grad)
-        grads_a = [*_unstack(totals["a_half"], matrices_a[:2]), *_unstack(totals["a_down"], matrices_a[2:])]
+            gate_up, inner, hidden = kept or (*first(rows, norm, ctx.eps), None)
+            if last.a is not None and hidden is None:
+                hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.a)
+            hidden_grad = last.hidden_grad(out_grad)
+            activation_grad = last.backward(out_grad, hidden_grad)
+            wide, gate_up_grad = first.room(len(rows), first.out)
+            b_first, a_last = pointwise.geglu_backward(activation_grad, gate_up, inner, hidden_grad, gate_up_grad)
+            del activation_grad, gate_up
+            totals.add(b_first=b_first, a_last=a_last, b_last=None if hidden is None else out_grad.T @ hidden)
+            inner_grad = first.hidden_grad(gate_up_grad)
+            if inner_grad is not None:
+                totals.add(a_first=inner_grad.T @ _normalise(rows, norm, ctx.eps))
+            if ctx.needs_input_grad[0]:
+                x_grad = first.product_back(wide, inner_grad)
+                x_grads.append(x_grad if norm is None else pointwise.rms_norm_backward(x_grad, rows, norm, ctx.eps))
+        _, matrices_a, matrices_b = _thirds(tensors)
+        grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
         grads_b = [
-            *_unblock(totals["b_half"], matrices_b[:2], ctx.scalings[:2]),
-            *_unblock(totals["b_down"], matrices_b[2:], ctx.scalings[2:]),
+            *_unblock(totals["b_first"], matrices_b[:2], ctx.scalings[:2]),
+            *_unblock(totals["b_last"], matrices_b[2:], ctx.scalings[2:]),
         ]
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = x_grads[0] if len(x_grads) == 1 else torch.cat(x_grads)
+        x_grad = torch.cat(x_grads) if len(x_grads) > 1 else x_grads[0] if x_grads else None
         return x_grad, None, None, None, None, None, None, None, *grads_a, *grads_b
 
 
-class _GateUp:
-    """Gate and up as one Linear after a norm; its output is the widest tensor of a layer, so nothing is added to it."""
+class _Stacked:
+    """Linears on one input as one, and their adapters as one beside it, multiplied together:
+
+        y = [ x | x A^T | 0 ] [ W | B | 0 ]^T        x_grad = [ y_grad | y_grad B | 0 ] [ W ; A ; 0 ]
+
+    One product of wider factors sums the adapter's part in the base's float32 accumulator: cuBLAS, given an output to
+    add to, rounds to bfloat16 first, which loses an update of 1e-4. The zeros keep rows aligned for the fast kernels.
+    """
 
     def __init__(
-        self, tensors: Sequence[Tensor], scalings: tuple[float, ...], norm: Tensor | None, eps: float, dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        matrices_a: Sequence[Tensor],
+        matrices_b: Sequence[Tensor],
+        scalings: Sequence[float],
+        dtype: torch.dtype,
     ) -> None:
-        weights, matrices_a, matrices_b = _thirds(tensors)
-        self.weights, self.norm, self.eps = weights[:2], norm, eps
-        self.a = _stack(matrices_a[:2], dtype)
-        self.b = _block_diagonal(matrices_b[:2], scalings[:2], dtype)
+        self.weights = weights
+        self.size, self.out = weights[0].shape[1], sum(len(weight) for weight in weights)
+        self.a, self.b = _stack(matrices_a, dtype), _block_diagonal(matrices_b, scalings, dtype)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(rows, in) to gate and up, (rows, 2 * dim), and to what the adapters have inside, (rows, r)."""
-        rows, size = x.shape
-        if self.a is None or self.b is None:
-            return self._normed(x) @ _cat(self.weights).T, None
-        wide = x.new_empty(rows, size + self.a.shape[0])
-        normed, hidden = wide[:, :size], wide[:, size:]
-        normed.copy_(x) if self.norm is None else pointwise.rms_norm(x, self.norm, self.eps, out=normed)
-        torch.mm(normed, self.a.T, out=hidden)
-        weight = torch.cat([_cat(self.weights), self.b], dim=1)
-        return wide @ weight.T, hidden.clone()
+    def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+        """Of `norm(x)`, (rows, in), the output (rows, out), and what the adapters have inside, (rows, r)."""
+        if self.a is None:
+            return self.product(_normalise(x, norm, eps), None), None
+        wide, inputs = self.room(len(x), self.size)
+        if norm is None:
+            hidden = x @ self.a.T
+            pointwise.beside(x, hidden, wide)
+            return wide @ self._weight(wide.shape[1]).T, hidden
+        hidden = pointwise.rms_norm(x, norm, eps, inputs) @ self.a.T
+        return self.product(wide, hidden), hidden
 
-    def backward(self, x: Tensor, grad: Tensor, *, needs_x: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of `x` and of the stacked A, from that of gate and up."""
-        hidden_grad = a_grad = x_grad = None
-        if self.b is not None:
-            hidden_grad = grad @ self.b
-            a_grad = hidden_grad.T @ self._normed(x)
-        if needs_x:
-            x_grad = _sum_of_products(grad, _cat(self.weights), hidden_grad, self.a)
-            if self.norm is not None:
-                x_grad = pointwise.rms_norm_backward(x_grad, x, self.norm, self.eps)
-        return x_grad, a_grad
+    def product(self, wide: Tensor, hidden: Tensor | None) -> Tensor:
+        """The output, from `room` whose part for x is filled."""
+        if hidden is None:
+            return wide @ _cat(self.weights).T
+        pointwise.beside(None, hidden, wide)
+        return wide @ self._weight(wide.shape[1]).T
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x if self.norm is None else pointwise.rms_norm(x, self.norm, self.eps)
+    def backward(self, grad: Tensor, hidden_grad: Tensor | None) -> Tensor:
+        """From the output's gradient (rows, out) and `hidden_grad` to the input's (rows, in)."""
+        if hidden_grad is None:
+            return grad @ _cat(self.weights)
+        wide, _ = self.room(len(grad), self.out)
+        pointwise.beside(grad, hidden_grad, wide)
+        return self._product_back(wide)
+
+    def product_back(self, wide: Tensor, hidden_grad: Tensor | None) -> Tensor:
+        """The same from `room` whose part for the output's gradient is filled."""
+        if hidden_grad is None:
+            return wide @ _cat(self.weights)
+        pointwise.beside(None, hidden_grad, wide)
+        return self._product_back(wide)
+
+    def hidden_grad(self, grad: Tensor) -> Tensor | None:
+        """`y_grad B`, (rows, r)."""
+        return None if self.b is None else grad @ self.b
+
+    def room(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
+        """An empty left factor, and the part of it for x or for the gradient of y, (rows, size)."""
+        extra = 0 if self.a is None else pointwise.padded(len(self.a))
+        wide = self.weights[0].new_empty(rows, size + extra)
+        return wide, wide[:, :size]
+
+    def _weight(self, width: int) -> Tensor:
+        """`[ W | B | 0 ]`, (out, width)."""
+        assert self.b is not None
+        weight = self.b.new_empty(self.out, width)
+        for part, offset in zip(self.weights, _offsets([len(part) for part in self.weights]), strict=True):
+            own = slice(offset, offset + len(part))
+            pointwise.beside(part, self.b[own], weight[own])
+        return weight
+
+    def _product_back(self, wide: Tensor) -> Tensor:
+        assert self.a is not None
+        zeros = self.a.new_zeros(wide.shape[1] - self.out - len(self.a), self.size)
+        return wide @ torch.cat([*self.weights, self.a, zeros])
+
+
+def _halves(tensors: Sequence[Tensor], scalings: tuple[float, ...], dtype: torch.dtype) -> tuple[_Stacked, _Stacked]:
+    """Gate and up as one Linear, and down."""
+    thirds = _thirds(tensors)
+    return (
+        _Stacked(*(part[:2] for part in thirds), scalings[:2], dtype),
+        _Stacked(*(part[2:] for part in thirds), scalings[2:], dtype),
+    )
+
+
+def _normalise(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    return x if norm is None else pointwise.rms_norm(x, norm, eps)
+
+
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
 class _Totals(dict[str, "Tensor | None"]):
@@ -254,20 +311,6 @@ class _Totals(dict[str, "Tensor | None"]):
 
     def __missing__(self, name: str) -> None:
         return None
-
-
-def _sum_of_products(x: Tensor, weight: Tensor, hidden: Tensor | None, b: Tensor | None) -> Tensor:
-    """`x @ weight + hidden @ b`, summed in the accumulator of the first product."""
-    if hidden is None or b is None:
-        return x @ weight
-    return torch.mm(hidden, b).addmm_(x, weight)
-
-
-def _wide_product(x: Tensor, weight: Tensor, hidden: Tensor | None, b: Tensor | None) -> Tensor:
-    """The same as one product of wider factors: for a result so large that reading it again costs more than copies."""
-    if hidden is None or b is None:
-        return x @ weight
-    return torch.cat([x, hidden], dim=1) @ torch.cat([weight, b])
 
 
 def _parts(linears: Sequence[Any]) -> tuple[tuple[float, ...], list[Tensor]]:
@@ -291,16 +334,16 @@ def _cat(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _stack(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The As under one another, (r, in), None where there are none; r is a multiple of 8, which GEMMs need to be fast."""
+    """The As under one another, (r, in), None where there are none; r is a multiple of 16, as matrix units have it."""
     stacked = torch.cat(tuple(matrices)).to(dtype)
-    return F.pad(stacked, (0, 0, 0, -len(stacked) % 8)) if len(stacked) else None
+    return F.pad(stacked, (0, 0, 0, -len(stacked) % 16)) if len(stacked) else None
 
 
 def _block_diagonal(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor | None:
     """The scaled Bs, (out, r), each beside the columns of its own A; None where there are none."""
     blocks = torch.block_diag(*(b * scaling for b, scaling in zip(matrices, scalings, strict=True)))
     rank = blocks.shape[1]
-    return F.pad(blocks, (0, -rank % 8)).to(dtype) if rank else None
+    return F.pad(blocks, (0, -rank % 16)).to(dtype) if rank else None
 
 
 def _unstack(grad: Tensor | None, matrices: Sequence[Tensor]) -> list[Any]:

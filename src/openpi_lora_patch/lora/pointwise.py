@@ -14,11 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Whole = tuple[Tensor, Tensor, Tensor]
+
 
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported; torch brings it for NVIDIA GPUs on Linux."""
     return importlib.util.find_spec("triton") is not None
+
+
+def beside(left: Tensor | None, right: Tensor, out: Tensor) -> None:
+    """`out = [left | right | 0]`, row by row; with `left` None its part of `out` stays as it is.
+
+    Args:
+        left: (rows, size).
+        right: (rows, r).
+        out: (rows, width), contiguous; `right` begins at the last multiple of 64 that leaves it room.
+    """
+    size = out.shape[1] - padded(right.shape[1])
+    if out.is_cuda:
+        _triton().beside(left, right, out, size)
+        return
+    if left is not None:
+        out[:, :size].copy_(left)
+    out[:, size : size + right.shape[1]].copy_(right)
+    out[:, size + right.shape[1] :].zero_()
+
+
+def padded(rank: int) -> int:
+    """The next multiple of 64: GEMMs are fastest where rows begin at a multiple of 128 bytes."""
+    return -(-rank // 64) * 64
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -50,70 +75,79 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
     return (scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    """`gelu(gate) * up`, gelu in its tanh form: (rows, 2 * dim), gate first, to (rows, dim)."""
+def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
+    """`out = gelu(gate) * up`, gelu in its tanh form; returns `out @ a.T`, (rows, r), where there is an adapter after it.
+
+    Args:
+        gate_up: (rows, 2 * dim), gate first.
+        out: (rows, dim), a view with any row stride.
+        a: (r, dim), or None.
+    """
     if gate_up.is_cuda:
-        return _triton().geglu(gate_up)
+        return _triton().geglu(gate_up, out, a)  # type: ignore[no-any-return]
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+    out.copy_(F.gelu(gate, approximate="tanh") * up)
+    return None if a is None else out @ a.T
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `geglu`, and of the adapters on either side of it while the tiles are at hand.
+    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient of `geglu`, into `out`, and those of the adapters on either side of it while the tiles are at hand.
 
     Args:
         grad: of the output, (rows, dim).
         gate_up: the input, (rows, 2 * dim).
         inner: (rows, r), what the adapters of gate and up have inside, `x @ A.T`; None without adapters.
         inner_grad: (rows, s), gradient of what the adapter after `geglu` has inside; None without one.
+        out: (rows, 2 * dim), a view with any row stride, for the gradient of `gate_up`.
 
     Returns:
-        The gradient of `gate_up`; `gate_up_grad.T @ inner` (2 * dim, r) and `inner_grad.T @ geglu(gate_up)` (s, dim),
-        both float32 at least, or None.
+        `out.T @ inner` (2 * dim, r) and `inner_grad.T @ geglu(gate_up)` (s, dim), float32 at least, or None.
     """
     if grad.is_cuda:
-        return _triton().geglu_backward(grad, gate_up, inner, inner_grad)
+        return _triton().geglu_backward(grad, gate_up, inner, inner_grad, out)  # type: ignore[no-any-return]
     gate, up = (half.detach().requires_grad_() for half in _wide(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up
-    halves = torch.autograd.grad(output, (gate, up), _wide(grad))
-    gate_up_grad = torch.cat(halves, dim=-1)
+    gate_up_grad = torch.cat(torch.autograd.grad(output, (gate, up), _wide(grad)), dim=-1)
+    out.copy_(gate_up_grad)
     after = None if inner is None else gate_up_grad.T @ _wide(inner)
     before = None if inner_grad is None else _wide(inner_grad).T @ output.detach()
-    return gate_up_grad.to(gate_up.dtype), after, before
+    return after, before
 
 
-def rotate(packed: Tensor, cos: Tensor, sin: Tensor, joint: tuple[Tensor, Tensor, Tensor], offset: int) -> None:
+def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:
     """Rotate the queries and keys of one tower (RoPE) and put them, and its values, into those of both.
 
     Args:
         packed: (batch, length, heads + 2 * kv_heads, head_dim): queries, keys, values.
         cos, sin: (batch, >= offset + length, head_dim), their halves equal.
-        joint: queries, keys, values (batch, >= offset + length, heads or kv_heads, head_dim), written to.
-        offset: where in `joint` and `cos` this tower's tokens begin.
+        whole: queries, keys, values (batch, tokens, heads or kv_heads, head_dim), written to.
+        offset: where among the keys and values, and in `cos`, this tower's tokens begin.
+        query_offset: the same among the queries.
     """
-    _rotate(packed, cos, sin, joint, offset, inverse=False)
+    _rotate(packed, cos, sin, whole, offset, query_offset, inverse=False)
 
 
-def rotate_back(packed: Tensor, cos: Tensor, sin: Tensor, joint: tuple[Tensor, Tensor, Tensor], offset: int) -> None:
-    """Gradient of `rotate`: fill `packed` from the gradients in `joint`."""
-    _rotate(packed, cos, sin, joint, offset, inverse=True)
+def rotate_back(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:
+    """Gradient of `rotate`: fill `packed` from the gradients in `whole`."""
+    _rotate(packed, cos, sin, whole, offset, query_offset, inverse=True)
 
 
 def _rotate(
-    packed: Tensor, cos: Tensor, sin: Tensor, joint: tuple[Tensor, Tensor, Tensor], offset: int, *, inverse: bool
+    packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int, *, inverse: bool
 ) -> None:
     if packed.is_cuda:
-        _triton().rotate(packed, cos, sin, joint, offset, inverse)
+        _triton().rotate(packed, cos, sin, whole, offset, query_offset, inverse)
         return
-    heads = [part.shape[2] for part in joint]
-    own = slice(offset, offset + packed.shape[1])
-    cos, sin = cos[:, own, None], sin[:, own, None] * (-1 if inverse else 1)
-    turned = (True, True, False)
-    for part, whole, turn in zip(packed.split(heads, dim=2), joint, turned, strict=True):
-        source, target = (whole[:, own], part) if inverse else (part, whole[:, own])
+    length = packed.shape[1]
+    cos, sin = (angle[:, offset : offset + length, None] for angle in (cos, -sin if inverse else sin))
+    parts = packed.split([tensor.shape[2] for tensor in whole], dim=2)
+    starts = (query_offset, offset, offset)
+    for part, tensor, start, turn in zip(parts, whole, starts, (True, True, False), strict=True):
+        own = tensor[:, start : start + length]
+        source, target = (own, part) if inverse else (part, own)
         first, second = source.chunk(2, dim=-1)
         target.copy_(source * cos + torch.cat([-second, first], dim=-1) * sin if turn else source)
 

@@ -7,8 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 32, 64  # A tile of `_geglu_backward`.
-_PROGRAMS = 2048  # Enough to fill any GPU several times.
+from .pointwise import Whole
+
+_ROWS, _COLUMNS = 64, 32  # A tile of `_geglu_backward`.
+_PROGRAMS = 1024  # Enough to fill any GPU several times.
+
+
+def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
+    rows, width = out.shape
+    start, block = (size, 64) if left is None else (0, 1024)
+    strides = (0 if left is None else left.stride(0), right.stride(0), out.stride(0))
+    _beside[(rows, triton.cdiv(width - start, block))](
+        left, right, out, *strides, start, size, right.shape[1], width, left is not None, block, num_warps=4
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -25,39 +36,49 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
     return out
 
 
-def geglu(gate_up: Tensor) -> Tensor:
-    rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, dim)
-    block = min(1024, triton.next_power_of_2(dim))
-    _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), dim, block, num_warps=4)
-    return out
+def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
+    rows, dim = out.shape
+    if a is None:
+        block = min(1024, triton.next_power_of_2(dim))
+        _geglu[(rows, triton.cdiv(dim, block))](
+            gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4
+        )
+        return None
+    blocks = triton.cdiv(rows, _ROWS)
+    splits = max(1, min(triton.cdiv(dim, 16 * _COLUMNS), _PROGRAMS // blocks))
+    length = triton.cdiv(triton.cdiv(dim, splits), _COLUMNS) * _COLUMNS
+    partial = gate_up.new_empty(splits, rows, len(a), dtype=torch.float32)
+    _geglu_inner[(blocks, splits)](
+        gate_up, out, a, partial, rows, dim, length, out.stride(0), len(a),
+        max(16, triton.next_power_of_2(len(a))), _ROWS, _COLUMNS, num_warps=4, num_stages=3,
+    )
+    return partial.sum(0).to(gate_up.dtype)
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     rows, dim = grad.shape
     columns = triton.cdiv(dim, _COLUMNS)
     splits = max(1, min(triton.cdiv(rows, 4 * _ROWS), _PROGRAMS // columns))
     length = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
-    out = torch.empty_like(gate_up)
     after, before = _partial(inner, splits, 2 * dim), _partial(inner_grad, splits, dim)
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length,
+        grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length, out.stride(0),
         *(0 if t is None else t.shape[1] for t in (inner, inner_grad)),
         *(0 if t is None else max(16, triton.next_power_of_2(t.shape[1])) for t in (inner, inner_grad)),
         _ROWS, _COLUMNS, num_warps=4, num_stages=3,
     )
-    return out, None if after is None else after.sum(0).T, None if before is None else before.sum(0)
+    return None if after is None else after.sum(0).T, None if before is None else before.sum(0)
 
 
 def rotate(
-    packed: Tensor, cos: Tensor, sin: Tensor, joint: tuple[Tensor, Tensor, Tensor], offset: int, inverse: bool
+    packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int, inverse: bool
 ) -> None:
     batch, length, _, head_dim = packed.shape
-    query, key, value = joint
+    query, key, value = whole
     _rotate[(length, batch)](
-        packed, cos, sin, query, key, value, offset, length,
+        packed, cos, sin, query, key, value, offset, query_offset, length,
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         query.shape[2], key.shape[2], head_dim // 2, triton.next_power_of_2(head_dim // 2), inverse, num_warps=4,
@@ -67,6 +88,19 @@ def rotate(
 def _partial(inner: Tensor | None, splits: int, dim: int) -> Tensor | None:
     """Sums over a part of the rows, (splits, r, dim), which are then added up: always in the same order."""
     return None if inner is None else inner.new_empty(splits, inner.shape[1], dim, dtype=torch.float32)
+
+
+@triton.jit  # type: ignore[misc]
+def _beside(  # type: ignore[no-untyped-def]
+    left, right, out, left_stride, right_stride, out_stride, start, size, rank, width,
+    HAS_LEFT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(right + row * right_stride + at - size, (at >= size) & (at < size + rank), 0.0)
+    if HAS_LEFT:
+        value += tl.load(left + row * left_stride + at, at < size, 0.0)
+    tl.store(out + row * out_stride + at, value, at < width)
 
 
 @triton.jit  # type: ignore[misc]
@@ -105,19 +139,45 @@ def _gelu(gate):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[misc]
-def _geglu(gate_up, out, stride, dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < dim
     gate = tl.load(gate_up + row * stride + at, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + dim + at, inside, 0.0).to(tl.float32)
     gelu, _ = _gelu(gate)
-    tl.store(out + row * dim + at, (gelu * up).to(out.dtype.element_ty), inside)
+    tl.store(out + row * out_stride + at, (gelu * up).to(out.dtype.element_ty), inside)
+
+
+@triton.jit  # type: ignore[misc]
+def _geglu_inner(  # type: ignore[no-untyped-def]
+    gate_up, out, a, partial, rows, dim, length, out_stride,
+    R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """One program: some rows, one part of the columns; the product with `a` stays in registers."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    split = tl.program_id(1)
+    rank = tl.arange(0, R_BLOCK)
+    total = tl.zeros((ROWS, R_BLOCK), tl.float32)
+    element = out.dtype.element_ty
+    for start in range(split * length, min((split + 1) * length, dim), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        there = (row[:, None] < rows) & (column[None, :] < dim)
+        at = row[:, None] * (2 * dim) + column[None, :]
+        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
+        up = tl.load(gate_up + at + dim, there, 0.0).to(tl.float32)
+        gelu, _ = _gelu(gate)
+        activation = (gelu * up).to(element)
+        tl.store(out + row[:, None] * out_stride + column[None, :], activation, there)
+        known = (rank[None, :] < R) & (column[:, None] < dim)
+        total += tl.dot(activation, tl.load(a + rank[None, :] * dim + column[:, None], known, 0.0))
+    at = (split * rows + row[:, None]) * R + rank[None, :]
+    tl.store(partial + at, total, (row[:, None] < rows) & (rank[None, :] < R))
 
 
 @triton.jit  # type: ignore[misc]
 def _geglu_backward(  # type: ignore[no-untyped-def]
-    grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length,
+    grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length, out_stride,
     R: tl.constexpr, S: tl.constexpr, R_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
@@ -142,8 +202,9 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
         gelu, gelu_slope = _gelu(gate)
         gate_grad = (slope * up * gelu_slope).to(element)
         up_grad = (slope * gelu).to(element)
-        tl.store(out + at, gate_grad, there)
-        tl.store(out + at + dim, up_grad, there)
+        target = out + row[:, None] * out_stride + column[None, :]
+        tl.store(target, gate_grad, there)
+        tl.store(target + dim, up_grad, there)
         if R > 0:
             known = (row[None, :] < rows) & (rank[:, None] < R)
             hidden = tl.load(inner + row[None, :] * R + rank[:, None], known, 0.0)
@@ -165,7 +226,7 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[misc]
 def _rotate(  # type: ignore[no-untyped-def]
-    packed, cos, sin, query, key, value, offset, length, cos_batch, cos_token,
+    packed, cos, sin, query, key, value, offset, query_offset, length, cos_batch, cos_token,
     query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
 ):
@@ -181,7 +242,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     part = packed + (batch * length + token) * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
     for head in tl.static_range(HEADS + 2 * KV_HEADS):
         if head < HEADS:
-            whole = query + batch * query_batch + (token + offset) * query_token + head * query_head
+            whole = query + batch * query_batch + (token + query_offset) * query_token + head * query_head
         elif head < HEADS + KV_HEADS:
             whole = key + batch * key_batch + (token + offset) * key_token + (head - HEADS) * key_head
         else:

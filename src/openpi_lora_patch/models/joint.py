@@ -27,8 +27,8 @@ from ..settings import Settings
 
 logger = logging.getLogger("openpi_lora_patch")
 
-# Attention kernels want the number of tokens to be a multiple of this.
-_ALIGNMENT = 8
+# cuDNN's attention is fastest where the number of tokens is a multiple of this.
+_ALIGNMENT = 128
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -41,6 +41,7 @@ class Plan:
         fused: Linears and MLPs by the functions in `lora.kernels`, where their weights are frozen.
         trim: leave out cameras and prompt padding that are masked in the whole batch.
         prune: leave out the part of the last prefix layer that nothing reads.
+        compile: a frozen vision tower by `torch.compile`.
         checkpoint: "none", "layer" or "auto": whether layers are computed again in the backward pass; auto does so
             for as few as the free memory allows.
     """
@@ -49,6 +50,7 @@ class Plan:
     fused: bool
     trim: bool
     prune: bool
+    compile: bool
     checkpoint: str
 
 
@@ -61,6 +63,7 @@ def plan(settings: Settings, device: torch.device) -> Plan:
         fused=gpu and pointwise.has_triton() if settings.fused == "auto" else settings.fused == "1",
         trim=gpu if settings.trim == "auto" else settings.trim == "1",
         prune=settings.prune,
+        compile=gpu and pointwise.has_triton() if settings.compile == "auto" else settings.compile == "1",
         checkpoint=settings.checkpoint,
     )
     logger.info("Training forward on %s: %s", device, chosen)
@@ -74,6 +77,8 @@ def forward(
     position_ids: Tensor,
     conds: Sequence[Tensor | None],
     chosen: Plan,
+    *,
+    whole_prefix: bool = False,
 ) -> list[Tensor | None]:
     """The two outputs; that of the prefix is None in training where the plan prunes it.
 
@@ -84,10 +89,11 @@ def forward(
         position_ids: (batch, tokens).
         conds: condition of each tower's norms, (batch, width), or None.
         chosen: see `Plan`.
+        whole_prefix: that no token of the prefix is masked, so that its attention needs no mask.
     """
     models = (towers.paligemma.model.language_model, towers.gemma_expert.model)
     rotary = models[0].rotary_emb(embeds[0], position_ids)
-    attention = _Fused(mask, rotary, embeds[0].dtype) if chosen.sdpa else _Eager(mask, rotary)
+    attention = _attention(models[0].layers[0].self_attn, embeds, mask, rotary, chosen, whole_prefix)
     pairs = list(zip(*(model.layers for model in models), strict=True))
     prune = chosen.prune and towers.training
     recomputed = _recomputed(models, embeds, chosen.checkpoint) if torch.is_grad_enabled() else 0
@@ -107,8 +113,7 @@ class _Layer:
     def __init__(
         self, pair: Sequence[Any], conds: Sequence[Tensor | None], attention: _Eager | _Fused, *, fused: bool, prune: bool
     ) -> None:
-        self.pair, self.conds, self.attention, self.fused = pair, conds, attention, fused
-        self.alive = (not prune, True)
+        self.pair, self.conds, self.attention, self.fused, self.prune = pair, conds, attention, fused, prune
 
     def __call__(self, hidden: Sequence[Any], *, keep: bool) -> list[Tensor | None]:
         middle = self._attend(*hidden) if keep else _again(self._attend, *hidden)
@@ -119,10 +124,10 @@ class _Layer:
 
     def _attend(self, *hidden: Tensor) -> list[Tensor | None]:
         packed, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
-        attended = self.attention([layer.self_attn for layer in self.pair], packed)
+        attended = self.attention([layer.self_attn for layer in self.pair], packed, prune=self.prune)
         return [
-            gated_residual(x, self._linears(part, (layer.self_attn.o_proj,)), gate) if alive else None
-            for layer, x, part, gate, alive in zip(self.pair, hidden, attended, gates, self.alive, strict=True)
+            None if part is None else gated_residual(x, self._linears(part, (layer.self_attn.o_proj,)), gate)
+            for layer, x, part, gate in zip(self.pair, hidden, attended, gates, strict=True)
         ]
 
     def _project(self, layer: Any, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -165,47 +170,88 @@ class _Layer:
         return self.fused and fits and all(kernels.fusable(y) and y.weight.dtype == x.dtype for y in linears)
 
 
+def _attention(
+    first: Any, embeds: Sequence[Tensor], mask: Tensor, rotary: tuple[Tensor, Tensor], chosen: Plan, whole_prefix: bool
+) -> _Eager | _Fused:
+    if not chosen.sdpa:
+        return _Eager(mask, rotary)
+    heads = first.q_proj.out_features // first.head_dim
+    shared = first.num_key_value_groups == heads
+    return _Fused(mask, rotary, embeds[0].dtype, heads, embeds[0].shape[1] if whole_prefix and shared else 0)
+
+
 class _Eager:
     """transformers' eager attention on openpi's mask."""
 
     def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
         self.mask, self.rotary = mask, rotary
 
-    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Packed projections of each tower to what its tokens attended to, (batch, length, heads * head_dim)."""
+    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor], *, prune: bool) -> Sequence[Tensor | None]:
+        """Packed projections of each tower to what its tokens attended to, (batch, length, heads * head_dim).
+
+        With `prune`, None for the prefix.
+        """
         first = attentions[0]
         joint = torch.cat(tuple(packed), dim=1).unflatten(-1, (-1, first.head_dim)).transpose(1, 2)
         query, key, value = joint.split(_heads(first, joint.shape[1]), dim=1)
         query, key = modeling_gemma.apply_rotary_pos_emb(query, key, *self.rotary)
         output, _ = modeling_gemma.eager_attention_forward(first, query, key, value, self.mask, first.scaling)
-        return output.flatten(2).split([part.shape[1] for part in packed], dim=1)
+        prefix, suffix = output.flatten(2).split([part.shape[1] for part in packed], dim=1)
+        return None if prune else prefix, suffix
 
 
 class _Fused:
-    """torch's attention kernels. Tokens are added up to a multiple of 8; nothing attends to them."""
+    """torch's attention kernels. Tokens are added up to a multiple of 128; nothing attends to them."""
 
-    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self.rotary = rotary
-        missing = -mask.shape[-1] % _ALIGNMENT
-        self.total = mask.shape[-1] + missing
+    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype, heads: int, whole: int) -> None:
+        self.rotary, self.whole = rotary, whole
+        tokens = mask.shape[-1]
+        self.added = -tokens % _ALIGNMENT
         # openpi's blocked score is finite, so a row that blocks everything is no division by zero; it stays so here.
-        self.mask = F.pad(F.pad(mask.to(dtype), (0, missing), value=float("-inf")), (0, 0, 0, missing), value=0.0)
-        if missing:
-            self.mask[..., -missing:, -missing:] = float("-inf")
+        self.mask = F.pad(mask.to(dtype), (0, self.added), value=float("-inf"))
+        if whole:
+            self.mask = self.mask[:, :, whole:].repeat_interleave(heads, dim=2)
+        else:
+            self.mask = F.pad(self.mask, (0, 0, 0, self.added))
 
-    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor], *, prune: bool) -> Sequence[Tensor | None]:
         """See `_Eager`."""
         first = attentions[0]
         heads = _heads(first, packed[0].shape[-1] // first.head_dim)
         parts = [part.unflatten(-1, (-1, first.head_dim)) for part in packed]
-        joint = kernels.JoinRotated.apply(*self.rotary, heads[0], self.total, *parts)  # type: ignore[no-untyped-call]
-        query, key, value = (whole.transpose(1, 2) for whole in joint)
-        key, value = (whole.expand(-1, heads[0], -1, -1) if heads[1] == 1 else whole.repeat_interleave(
-            heads[0] // heads[1], dim=1) for whole in (key, value))
-        with sdpa_kernel(_BACKENDS, set_priority=True):
-            output = F.scaled_dot_product_attention(query, key, value, self.mask, scale=first.scaling)
+        apart = self.whole > 0
+        *queries, key, value = kernels.JoinRotated.apply(  # type: ignore[no-untyped-call]
+            *self.rotary, heads[0], self.added, apart, *parts
+        )
+        if apart:
+            prefix = None if prune else _all_heads_at_once(queries[0], key[:, : self.whole], value[:, : self.whole])
+            return prefix, _all_heads_at_once(queries[1], key, value, self.mask)
         lengths = [part.shape[1] for part in packed]
-        return output.transpose(1, 2)[:, : sum(lengths)].flatten(2).split(lengths, dim=1)
+        start = lengths[0] if prune else 0
+        query, key, value = (tensor.transpose(1, 2) for tensor in (queries[0], key, value))
+        # Heads that share keys and values read the same memory.
+        key, value = (
+            tensor.unsqueeze(2).expand(-1, -1, heads[0] // heads[1], -1, -1).flatten(1, 2) for tensor in (key, value)
+        )
+        output = _attend(query[:, :, start:], key, value, self.mask[:, :, start:])
+        output = output.transpose(1, 2).flatten(2)
+        prefix, suffix, _ = output.split([lengths[0] - start, lengths[1], self.added], dim=1)
+        return None if prune else prefix, suffix
+
+
+def _all_heads_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention where all heads share one key and value: the heads of a token are so many more queries.
+
+    `query` (batch, queries, heads, head_dim), `key` and `value` (batch, keys, 1, head_dim), `mask` (batch, 1,
+    queries * heads, keys) to (batch, queries, heads * head_dim).
+    """
+    output = _attend(query.flatten(1, 2)[:, None], key.transpose(1, 2), value.transpose(1, 2), mask)
+    return output[:, 0].unflatten(1, query.shape[1:3]).flatten(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, mask)
 
 
 def _heads(attention: Any, packed: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import joint
+from ..models import joint, vision
 from ..replace import replace
 from ..settings import Settings
 
@@ -25,6 +25,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
         model, towers = module.PI0Pytorch, module.PaliGemmaWithExpertModel
         replace(undo, model, "embed_prefix", _trimming(model.embed_prefix, settings))
         replace(undo, model, "_apply_checkpoint", _once(model._apply_checkpoint))
+        replace(undo, towers, "embed_image", _compiled(towers.embed_image, settings))
         replace(undo, towers, "forward", _jointly(towers.forward, settings))
 
 
@@ -41,7 +42,8 @@ def _trimming(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_prefix(self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor) -> Any:
         if _fast(self) and self.training and joint.plan(settings, lang_tokens.device).trim:
-            images, img_masks, lang_tokens, lang_masks = trimmed(images, img_masks, lang_tokens, lang_masks)
+            (images, img_masks, lang_tokens, lang_masks), whole = trimmed(images, img_masks, lang_tokens, lang_masks)
+            self.paligemma_with_expert.whole_prefix = whole
         return original(self, images, img_masks, lang_tokens, lang_masks)
 
     return embed_prefix
@@ -49,21 +51,28 @@ def _trimming(original: Any, settings: Settings) -> Any:
 
 def trimmed(
     images: Sequence[Tensor], masks: Sequence[Tensor], tokens: Tensor, token_mask: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[tuple[list[Tensor], list[Tensor], Tensor, Tensor], bool]:
     """Without the cameras, and the end of the prompt, that are masked in the whole batch: nothing attends to them.
 
     Args:
         images: one a camera.
         masks: (batch), bool, one a camera.
         tokens: (batch, length).
-        token_mask: the same, bool. What is left of the length is a multiple of 8, so that few shapes occur.
+        token_mask: the same, bool.
+
+    Returns:
+        The same four, and whether nothing that is left is masked. Where something is, what is left of the prompt is a
+        multiple of 8 long, so that few lengths occur.
     """
     places = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
-    seen = torch.stack([*(mask.any() for mask in masks), (token_mask * places).amax()])
-    *present, length = seen.tolist()  # One wait for the GPU, before it has anything to do.
-    length = max(8, -(-length // 8) * 8)
-    chosen = [(image, mask) for image, mask, there in zip(images, masks, present, strict=True) if there]
-    return [x for x, _ in chosen], [x for _, x in chosen], tokens[:, :length], token_mask[:, :length]
+    lengths = [(token_mask * places).amax(), token_mask.sum(1).amin()]
+    flags = [flag for mask in masks for flag in (mask.any(), mask.all())]
+    longest, shortest, *seen = torch.stack([*lengths, *flags]).tolist()  # One wait, before the GPU has work.
+    there, in_all = seen[::2], seen[1::2]
+    whole = longest == shortest > 0 and all(a == b for a, b in zip(there, in_all, strict=True))
+    length = longest if whole else max(8, -(-longest // 8) * 8)
+    kept = [(image, mask) for image, mask, present in zip(images, masks, there, strict=True) if present]
+    return ([x for x, _ in kept], [x for _, x in kept], tokens[:, :length], token_mask[:, :length]), whole
 
 
 def _once(original: Any) -> Any:
@@ -75,6 +84,20 @@ def _once(original: Any) -> Any:
         return original(self, func, *args, **kwargs)
 
     return _apply_checkpoint
+
+
+def _compiled(original: Any, settings: Settings) -> Any:
+    @functools.wraps(original)
+    def embed_image(self: Any, image: Tensor) -> Tensor:
+        model = self.paligemma.model
+        parts = model.vision_tower, model.multi_modal_projector
+        frozen = not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        if _fast(self) and self.training and frozen and joint.plan(settings, image.device).compile:
+            with torch.no_grad():
+                return vision.features(model, image)
+        return original(self, image)
+
+    return embed_image
 
 
 def _jointly(original: Any, settings: Settings) -> Any:
@@ -94,6 +117,10 @@ def _jointly(original: Any, settings: Settings) -> Any:
             )
         chosen = joint.plan(settings, inputs_embeds[0].device)
         conds = adarms_cond or (None, None)
-        return joint.forward(self, inputs_embeds, attention_mask, position_ids, conds, chosen), None
+        whole_prefix = vars(self).pop("whole_prefix", False)
+        outputs = joint.forward(
+            self, inputs_embeds, attention_mask, position_ids, conds, chosen, whole_prefix=whole_prefix
+        )
+        return outputs, None
 
     return forward
