@@ -185,30 +185,38 @@ class GemmaModel(stock.GemmaModel):
         )
 
 
-class _ConditionedHead:
-    """A head whose stock forward does not hand `adarms_cond` on in every release."""
+def _conditioned(head: Any) -> Any:
+    """The forward of a stock class, which does not hand `adarms_cond` (batch, adarms_cond_dim) on in every release."""
 
     def forward(self: Any, *args: Any, adarms_cond: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the stock forward, with `adarms_cond` (batch, adarms_cond_dim)."""
         handle = self.model.register_forward_pre_hook(
             lambda _, positional, named: (positional, named | {"adarms_cond": adarms_cond}), with_kwargs=True
         )
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return head.forward(self, *args, **kwargs)
         finally:
             handle.remove()
 
+    return forward
 
-class GemmaForCausalLM(_ConditionedHead, stock.GemmaForCausalLM):
+
+# Each has its stock class as the only base: with a mixin an instance's class could not be assigned in 4.54.
+class GemmaForCausalLM(stock.GemmaForCausalLM):
     """Next-token head."""
 
+    forward = _conditioned(stock.GemmaForCausalLM)
 
-class GemmaForSequenceClassification(_ConditionedHead, stock.GemmaForSequenceClassification):
+
+class GemmaForSequenceClassification(stock.GemmaForSequenceClassification):
     """Classification head on the last token."""
 
+    forward = _conditioned(stock.GemmaForSequenceClassification)
 
-class GemmaForTokenClassification(_ConditionedHead, stock.GemmaForTokenClassification):
+
+class GemmaForTokenClassification(stock.GemmaForTokenClassification):
     """Classification head on each token."""
+
+    forward = _conditioned(stock.GemmaForTokenClassification)
 
 
 def convert_head(head: Any) -> None:
