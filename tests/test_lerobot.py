@@ -17,6 +17,8 @@ from openpi_lora_patch.reference import Reference
 pytest.importorskip("lerobot", reason="lerobot is not installed")
 if not metadata.version("lerobot").startswith("0.4."):
     pytest.skip("only lerobot 0.4 builds pi0 from openpi's transformers", allow_module_level=True)
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.pi0 import modeling_pi0
@@ -288,18 +290,26 @@ def test_training_the_expert_only_contradicts_adapters_in_paligemma(full_precisi
         full_precision.Model(full_precision.config(**LORA, train_expert_only=True))
 
 
-def test_a_policy_trains_its_adapters_and_acts(client):
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_policy_trains_its_adapters_and_acts(client, mixed_precision):
+    """With the calls that `lerobot-train` makes."""
     policy = client.policy(**LORA).train()
     before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
     losses = []
     for _ in range(8):
         torch.manual_seed(0)
-        loss, _ = policy.forward(client.batch())
-        loss.backward()
+        with accelerator.autocast():
+            loss, _ = prepared.forward(client.batch())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    policy = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert losses[-1] < losses[0]
     changed = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed <= trains(policy)

@@ -156,7 +156,7 @@ def test_liger_and_openpi_models_keep_to_themselves(liger, beside, order):
     if found["openpi"]["logits"] is not None:
         for name in ("openpi", "vanilla"):
             torch.testing.assert_close(
-                torch.tensor(found[name]["logits"]), torch.tensor(alone[name]["logits"]), rtol=1e-4, atol=1e-4
+                torch.tensor(found[name]["logits"]), torch.tensor(alone[name]["logits"]), rtol=1e-5, atol=1e-5
             )
 
 
