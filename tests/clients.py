@@ -70,7 +70,7 @@ def passes(name: str) -> bool:
     print(f"== {name}", flush=True)
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tests)}
     environ.pop("OPENPI_LORA", None)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tests / wanted.test)]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / wanted.test)]
     if wanted.test == "test_lerobot.py" and not _runs(python, "import torchvision"):
         command += ["-p", "cpu_torchvision"]
     return subprocess.run(command, cwd=matrix.ROOT, env=environ).returncode == 0
