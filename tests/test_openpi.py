@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,20 @@ training = pytest.importorskip("openpi.training.config", reason="openpi's depend
 
 import numpy as np
 import openpi
+import openpi.models.gemma as variants
+import openpi.models_pytorch.preprocessing_pytorch as preprocessing
 import safetensors.torch
 import transformers
 from openpi.models.pi0_config import Pi0Config
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from openpi.policies import policy_config
 
+from golden import GOLDEN, assert_same
 from openpi_lora_patch import FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.lora import lora_layers
+from openpi_lora_patch.patches import paligemma
+from openpi_lora_patch.reference import CAMERAS, Reference
 from test_pi0 import COUNTS
 
 SCRIPTS = Path(openpi.__file__).parents[2] / "scripts"
@@ -74,8 +80,6 @@ def test_a_config_without_weights_fails_before_it_trains():
 
 
 def test_unknown_lora_kinds_are_refused(monkeypatch):
-    import openpi.models.gemma as variants
-
     known = variants.get_config("dummy_lora")
     monkeypatch.setitem(known.lora_configs, "vision", known.lora_configs["attn"])
     monkeypatch.setattr(variants, "get_config", lambda variant: known)
@@ -97,6 +101,72 @@ def test_the_serving_cast_keeps_adapters_float32():
     layers = lora_layers(model).values()
     assert {layer.lora_A.dtype for layer in layers} == {torch.float32}
     assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["pi0_float32", "pi0_bfloat16", "pi05_float32", "pi05_bfloat16"])
+def test_openpis_own_model_gives_openpis_own_outputs(name, monkeypatch):
+    data = Reference(GOLDEN / f"{name}.safetensors")
+    model = golden_model(data, monkeypatch)
+    arguments = [data.inputs[key] for key in ("actions", "noise", "time")]
+    loss = model.train()(observation(data), *arguments)
+    assert_same(loss, data.outputs["loss"])
+    loss.mean().backward()
+    parameters = dict(model.named_parameters())
+    for key, gradient in data.grads.items():
+        assert_same(parameters[key].grad[: len(gradient)], gradient)
+    sampled = model.eval().sample_actions("cpu", observation(data), arguments[1], data.config["num_steps"])
+    assert_same(sampled, data.outputs["sample_actions"])
+
+
+def golden_model(data, monkeypatch):
+    """openpi's `PI0Pytorch` at the sizes, and with the weights, of a golden file."""
+    towers = {"gemma_2b": data.config["paligemma"]["text"], "gemma_300m": data.config["expert"]}
+    monkeypatch.setattr(variants, "get_config", lambda variant: tower(towers[variant]))
+    right = preprocessing.preprocess_observation_pytorch
+    monkeypatch.setattr(preprocessing, "preprocess_observation_pytorch", lambda seen, train: right(seen, train=False))
+    sizes = {key: data.config[key] for key in ("pi05", "dtype", "action_dim", "action_horizon", "max_token_len")}
+    with paligemma.vision_config(**vision_sizes(data)):
+        model = PI0Pytorch(Pi0Config(pytorch_compile_mode=None, **sizes))
+    expected = model.state_dict()
+    assert expected.keys() == data.state.keys()
+    assert {key: t.dtype for key, t in expected.items()} == {key: t.dtype for key, t in data.state.items()}
+    # openpi fixes the vocabulary at 257152 rows, of which the golden data has the first 128.
+    model.load_state_dict({key: rows(tensor, len(expected[key])) for key, tensor in data.state.items()})
+    return model
+
+
+def vision_sizes(data):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = data.config["paligemma"]["vision"]
+    return {name: vision[name] for name in names}
+
+
+def tower(config):
+    return variants.Config(
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        mlp_dim=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+    )
+
+
+def rows(tensor, count):
+    return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
+
+
+def observation(data):
+    ours = data.observation()
+    return types.SimpleNamespace(
+        images=dict(zip(CAMERAS, ours.images, strict=True)),
+        image_masks=dict(zip(CAMERAS, ours.image_masks, strict=True)),
+        tokenized_prompt=ours.tokens,
+        tokenized_prompt_mask=ours.token_mask,
+        state=ours.state,
+        token_ar_mask=None,
+        token_loss_mask=None,
+    )
 
 
 def start(*arguments, folder, log):
@@ -164,10 +234,9 @@ def test_train_kill_resume_and_serve(tmp_path):
 
 
 def request(config):
-    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     return {
-        "image": {camera: np.zeros((224, 224, 3), np.uint8) for camera in cameras},
-        "image_mask": dict.fromkeys(cameras, np.True_),
+        "image": {camera: np.zeros((224, 224, 3), np.uint8) for camera in CAMERAS},
+        "image_mask": dict.fromkeys(CAMERAS, np.True_),
         "state": np.zeros(config.action_dim, np.float32),
         "tokenized_prompt": np.zeros(config.max_token_len, np.int32),
         "tokenized_prompt_mask": np.ones(config.max_token_len, bool),

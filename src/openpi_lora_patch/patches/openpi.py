@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..apply import apply_lora
+from ..checkpoint.training import load_adapters_through, save_adapters_only
 from ..lora import from_openpi
 from ..replace import replace
 from ..settings import Settings
@@ -32,8 +33,8 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, config: Any) -> None:
-        vision = _SMALL_VISION if is_dummy(config.paligemma_variant) else {}
-        with paligemma.vision_config(**vision):
+        small = is_dummy(config.paligemma_variant)
+        with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext():
             original(self, config)
         adapters = {
             tower: from_openpi(module._gemma.get_config(variant).lora_configs, settings.dropout)
@@ -45,6 +46,9 @@ def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
             openpi_fast.enable(self)
+            load_adapters_through(self, settings.base)
+            if settings.save == "adapter":
+                save_adapters_only(self)
 
     return __init__
 
