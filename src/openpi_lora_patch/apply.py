@@ -57,6 +57,7 @@ def apply_lora(
     if action_expert:
         inject(towers.gemma_expert.model.layers, action_expert)
     freeze(model, preset, keep_frozen=frozen)
+    model.lora_preset = preset
     accept_base_checkpoints(model)
     counts = Counts.of(model)
     logger.info("Found %d LoRA parameters after model creation", counts.lora_tensors)

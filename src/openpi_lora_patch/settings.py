@@ -49,6 +49,10 @@ class Settings:
         compile: a frozen vision tower by `torch.compile` (`OPENPI_LORA_COMPILE`).
         checkpoint: compute layers again in the backward pass: none, every layer, or auto, as few as the memory that is
             free allows (`OPENPI_LORA_CHECKPOINT`).
+        save: what openpi's `train_pytorch.py` saves: the whole model, or the adapter and whatever else trains
+            (`OPENPI_LORA_SAVE`).
+        base: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the model has
+            already (`OPENPI_LORA_BASE`).
     """
 
     allow_untested: bool = False
@@ -61,6 +65,8 @@ class Settings:
     prune: bool = True
     compile: str = "auto"
     checkpoint: str = "auto"
+    save: str = "model"
+    base: str = ""
 
 
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -74,6 +80,8 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "prune": (_boolean, "0 or 1"),
     "compile": _choice("auto", "0", "1"),
     "checkpoint": _choice("auto", "none", "layer"),
+    "save": _choice("model", "adapter"),
+    "base": (str, "the path of a checkpoint"),
 }
 
 

@@ -74,7 +74,7 @@ def _is_transposed(layers: dict[str, LoRALinear], state_dict: StateDict) -> bool
 def _check_shapes(model: nn.Module, state_dict: StateDict, prefix: str) -> None:
     wrong = [
         f"{prefix + name} {tuple(state_dict[prefix + name].shape)} for {tuple(parameter.shape)}"
-        for name, parameter in model.state_dict().items()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if prefix + name in state_dict and state_dict[prefix + name].shape != parameter.shape
     ]
     if wrong:

@@ -1,0 +1,113 @@
+"""Adapter-only checkpoints for code that knows nothing of them: what saves or loads a state dict through the model.
+
+openpi's scripts call `safetensors.torch.save_model(model, path)` and `load_model(model, path)`. The first asks the
+model for its state dict and the second hands it one, so both can be served here, on this one model.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..lora.inject import lora_layers
+from . import adapters, files
+
+logger = logging.getLogger("openpi_lora_patch")
+
+
+def load_adapters_through(model: nn.Module, base: str = "") -> None:
+    """Have `model.load_state_dict` take an adapter-only checkpoint, on a base that has to be the right one.
+
+    Args:
+        model: one with adapters.
+        base: checkpoint (`model.safetensors` or its folder) that the adapters go onto; empty for the model's weights.
+    """
+    model.register_load_state_dict_pre_hook(_Loader(base))
+
+
+def save_adapters_only(model: nn.Module) -> None:
+    """Have `model.state_dict()` hold the adapters and whatever else trains, and nothing of the frozen base."""
+    model._register_state_dict_hook(_only_adapters)
+    model.register_load_state_dict_pre_hook(_with_tied_names)
+
+
+def _only_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
+    taken = adapters.to_state_dict(adapters.take(model))
+    state_dict.update({prefix + name: tensor for name, tensor in taken.items()})
+
+
+def _with_tied_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    # safetensors fills these in itself where the model's state dict shows that they are shared.
+    for names in _names(model).values():
+        held = [prefix + name for name in names if prefix + name in state_dict]
+        state_dict.update({prefix + name: state_dict[held[0]] for name in names if held})
+
+
+class _Loader:
+    """A load hook; a class, so that a model with it can be copied and pickled."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def __call__(self, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        if prefix + adapters.METADATA not in state_dict:
+            return
+        taken = adapters.from_state_dict({name.removeprefix(prefix): tensor for name, tensor in state_dict.items()})
+        weights = _own(model) | (_read_base(model, self.base) if self.base else {})
+        base = {name: weights[f"{name}.base_layer.weight"] for name in lora_layers(model)}
+        adapter = adapters.fitting(model, taken, base=base)
+        places = {id(tensor): name for name, tensor in _own(model).items()}
+        for name, target in adapters.targets(model, adapter).items():
+            weights[places[id(target)]] = adapter.tensors[name]
+        state_dict.clear()
+        state_dict.update({prefix + name: tensor for name, tensor in weights.items()})
+        logger.info("Loaded %d adapters onto %s", len(base), self.base or "the base weights that are there")
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Each parameter's names, sorted; a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors; a tied one under its first name, the one that safetensors keeps."""
+    return {names[0]: parameter for parameter, names in _names(model).items()} | _persistent_buffers(model)
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{own}".lstrip("."): buffer
+        for name, module in model.named_modules()
+        for own, buffer in module.named_buffers(recurse=False)
+        if own not in module._non_persistent_buffers_set
+    }
+
+
+def _read_base(model: nn.Module, base: str) -> dict[str, Tensor]:
+    path = files.weights_file(base)
+    with files.reading(path):
+        stored = load_file(path)
+    layers, own = lora_layers(model), _own(model)
+    found: dict[str, Tensor] = {}
+    for names in _names(model).values():
+        plain = [n.replace(".base_layer.", ".") if n.partition(".base_layer.")[0] in layers else n for n in names]
+        if held := [stored[name] for name in (*names, *plain) if name in stored]:
+            found[names[0]] = held[0]
+    frozen = {name for name, tensor in own.items() if not tensor.requires_grad}
+    wrong = [name for name in frozen if name not in found or found[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{base} is no base of this model; nothing was loaded.",
+            found=f"missing or of another shape: {', '.join(sorted(wrong)[:5])}",
+            expected="a plain checkpoint of the same variants",
+        )
+    return found
