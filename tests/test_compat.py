@@ -20,6 +20,7 @@ from openpi_lora_patch import CompatibilityError, compat
 
 PACKAGE = pathlib.Path(transformers.__file__).parent
 RELEASE = transformers.__version__
+COMMAND = f"python -m openpi_lora_patch.compat check {RELEASE}"
 NAMES = [(file, name) for file, names in compat.RELIED_ON.items() for name in names]
 
 
@@ -78,6 +79,17 @@ def test_an_altered_function_is_refused_by_name_and_file(table, copy, file, name
         (copy / file).write_text(source)
 
 
+def test_a_file_that_a_release_lacks_is_absent(table, copy):
+    file = "modeling_rope_utils.py"
+    source = (copy / file).read_text()
+    try:
+        (copy / file).unlink()
+        with pytest.raises(CompatibilityError, match=f"dynamic_rope_update in {copy / file}"):
+            check(copy)
+    finally:
+        (copy / file).write_text(source)
+
+
 def test_comments_docstrings_and_layout_do_not_count(table, copy):
     path = copy / compat.GEMMA
     source = path.read_text()
@@ -92,7 +104,8 @@ def test_an_untested_release_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(compat, "table", lambda: {"runs": {"4.0.0": [], "4.0.1": []}, "fingerprints": {}})
     with pytest.raises(CompatibilityError) as caught:
         check(PACKAGE)
-    for text in (f"transformers {RELEASE} was not tested", "one of 4.0.0, 4.0.1", "OPENPI_LORA_ALLOW_UNTESTED=1"):
+    problem = f"transformers {RELEASE} was not tested"
+    for text in (problem, "one of 4.0.0, 4.0.1", "OPENPI_LORA_ALLOW_UNTESTED=1", COMMAND):
         assert text in str(caught.value)
     with pytest.warns(UserWarning, match="was not tested"):
         assert check(PACKAGE, allow_untested=True) == RELEASE
@@ -156,6 +169,25 @@ print(json.dumps(compat.fingerprints(pathlib.Path({str(PACKAGE)!r}))))
     environ = os.environ | {"OPENPI_LORA": "0"}
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environ, check=True)
     assert json.loads(found.stdout) == compat.fingerprints(PACKAGE)
+
+
+def test_the_command_runs_the_matrix_of_the_checkout(monkeypatch, tmp_path):
+    program = tmp_path / "matrix.py"
+    ran = tmp_path / "ran"
+    program.write_text(f"import pathlib, sys; pathlib.Path({str(ran)!r}).write_text(' '.join(sys.argv[1:]))")
+    assert compat.MATRIX.samefile(matrix.__file__)
+    monkeypatch.setattr(compat, "MATRIX", program)
+    assert compat.main(["check", "5.24.0", "5.25.0"]) == 0
+    assert ran.read_text() == "5.24.0 5.25.0"
+    program.write_text("raise SystemExit(1)")
+    assert compat.main(["check", "5.24.0"]) == 1
+
+
+def test_the_command_says_where_the_tests_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compat, "MATRIX", tmp_path / "matrix.py")
+    with pytest.raises(SystemExit):
+        compat.main(["check", "5.24.0"])
+    assert "in a checkout of openpi_lora_patch" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,15 +3,21 @@
 `tested_releases.json` beside this file is written by the test matrix (`tests/matrix.py`): a release is in it because
 every test passed on it. With it come fingerprints of the functions this package builds on, so that a release that was
 altered, or that openpi's files were copied into, is told apart from the one that was tested.
+
+    python -m openpi_lora_patch.compat check 5.24.0
+
+runs the matrix on a release, in a checkout of this package.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import hashlib
 import json
 import pathlib
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,6 +26,7 @@ from typing import Any
 
 from .errors import CompatibilityError
 
+MATRIX = pathlib.Path(__file__).parents[2] / "tests/matrix.py"
 TABLE = pathlib.Path(__file__).with_name("tested_releases.json")
 GEMMA = "models/gemma/modeling_gemma.py"
 # What the converted models call or inherit, by file of the transformers package; a class stands for its whole body.
@@ -53,8 +60,22 @@ RELIED_ON = {
         "SiglipEncoder",
         "SiglipVisionTransformer.__init__",
         "SiglipVisionModel.__init__",
+        "SiglipVisionModel.forward",
     ),
-    "cache_utils.py": ("DynamicLayer.update", "DynamicCache.update", "Cache.update", "Cache.get_seq_length"),
+    "activations.py": ("PytorchGELUTanh", "GELUTanh"),
+    "cache_utils.py": (
+        "DynamicLayer.update",
+        "DynamicLayer.lazy_initialization",
+        "DynamicLayer.get_seq_length",
+        "DynamicCache.__init__",
+        "DynamicCache.__getitem__",
+        "DynamicCache.get_seq_length",
+        "DynamicCache.update",
+        "Cache.update",
+        "Cache.get_seq_length",
+    ),
+    "integrations/sdpa_attention.py": ("repeat_kv", "use_gqa_in_sdpa", "sdpa_attention_forward"),
+    "modeling_rope_utils.py": ("_compute_default_rope_parameters", "dynamic_rope_update"),
     "modeling_layers.py": ("GradientCheckpointingLayer",),
 }
 ABSENT = "absent"
@@ -95,11 +116,12 @@ def fingerprints(package: pathlib.Path) -> dict[str, str]:
     """A fingerprint of each relied-on function, by "file:name", read from the source files below `package`.
 
     The source is read, not the live objects, which others may have replaced. Docstrings, comments and layout do not
-    count, and neither does the version of Python.
+    count, and neither does the version of Python. What a release does not have, be it the whole file, is absent.
     """
     found = {}
     for file, names in RELIED_ON.items():
-        tree = ast.parse((package / file).read_text(encoding="utf-8"))
+        path = package / file
+        tree = ast.parse(path.read_text(encoding="utf-8") if path.exists() else "")
         for name in names:
             node = _find(tree, name.split("."))
             found[f"{file}:{name}"] = ABSENT if node is None else _digest(node)
@@ -114,6 +136,17 @@ def tested(release: str) -> dict[str, str]:
         for fingerprint, releases in releases_by_fingerprint.items()
         if release in releases
     }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the test matrix on releases; those on which every test passes enter the table. Returns 0 if all did."""
+    parser = argparse.ArgumentParser(prog="python -m openpi_lora_patch.compat", description=main.__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("releases", nargs="+", metavar="release", help="of transformers, such as 5.24.0")
+    options = parser.parse_args(arguments)
+    if not MATRIX.exists():
+        parser.error("the tests are in a checkout of openpi_lora_patch, and this one was installed without them")
+    return subprocess.call([sys.executable, str(MATRIX), *options.releases])
 
 
 def _release() -> str:
@@ -157,7 +190,8 @@ def _problem(package: pathlib.Path, release: str) -> CompatibilityError | None:
             found=f"transformers {release}",
             expected=f"one of {', '.join(table()['runs'])}",
             fix="pip install a tested release; or set OPENPI_LORA_ALLOW_UNTESTED=1 and run "
-            "`python -m openpi_lora_patch.verify`; or test it: `python tests/matrix.py RELEASE` in a checkout",
+            "`python -m openpi_lora_patch.verify`; or test it, in a checkout: "
+            f"`python -m openpi_lora_patch.compat check {release}`",
         )
     found = fingerprints(package)
     altered = [name for name, fingerprint in expected.items() if found.get(name) != fingerprint]
@@ -213,3 +247,7 @@ def _without_docstring(node: ast.AST, body: Any) -> Any:
     first = body[0]
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     return body[1:] if documented and isinstance(first.value.value, str) else body
+
+
+if __name__ == "__main__":
+    sys.exit(main())
