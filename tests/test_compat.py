@@ -90,6 +90,11 @@ def test_a_file_that_a_release_lacks_is_absent(table, copy):
         (copy / file).write_text(source)
 
 
+def test_a_folder_without_transformers_has_no_fingerprints(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        compat.fingerprints(tmp_path)
+
+
 def test_comments_docstrings_and_layout_do_not_count(table, copy):
     path = copy / compat.GEMMA
     source = path.read_text()

@@ -117,11 +117,15 @@ def fingerprints(package: pathlib.Path) -> dict[str, str]:
 
     The source is read, not the live objects, which others may have replaced. Docstrings, comments and layout do not
     count, and neither does the version of Python. What a release does not have, be it the whole file, is absent.
+
+    Raises:
+        FileNotFoundError: `package` is no transformers package with its source.
     """
     found = {}
     for file, names in RELIED_ON.items():
         path = package / file
-        tree = ast.parse(path.read_text(encoding="utf-8") if path.exists() else "")
+        # Without Gemma it is no transformers package, and reading raises.
+        tree = ast.parse(path.read_text(encoding="utf-8") if file == GEMMA or path.exists() else "")
         for name in names:
             node = _find(tree, name.split("."))
             found[f"{file}:{name}"] = ABSENT if node is None else _digest(node)
