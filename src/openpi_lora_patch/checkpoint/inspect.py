@@ -1,0 +1,111 @@
+"""What a checkpoint is, and how strong its adapters are."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import adapters, files, jax, peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a file or folder is.
+
+    Attributes:
+        kind: one line.
+        needs: what it takes to load it.
+        facts: more about it, by name.
+        deltas: for each Linear with an adapter, its rank and the Frobenius norm of `scaling * B A`; None for the norm
+            where the scaling is not in the file.
+    """
+
+    kind: str
+    needs: str
+    facts: dict[str, str]
+    deltas: dict[str, tuple[int, float | None]] = dataclasses.field(default_factory=dict)
+
+
+def describe(path: files.Path) -> Description:
+    """Say what `path` is; weights of a base are not read, only their names.
+
+    Raises:
+        CheckpointError: nothing there that can be read, or nothing that is a checkpoint.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there.")
+    if any((folder / "manifest.ocdbt").exists() for folder in (path, path / "params")):
+        return _jax(jax.JaxCheckpoint(path))
+    if path.name == adapters.WEIGHTS:
+        path = path.parent
+    if (path / adapters.WEIGHTS).exists():
+        return _adapter(adapters.read_adapter(path))
+    return _file(files.weights_file(path))
+
+
+def _jax(source: jax.JaxCheckpoint) -> Description:
+    ranks = sorted({shape[-1] for name, shape in source.shapes.items() if name.endswith("lora_a")})
+    facts = {"tensors": str(len(source.shapes)), "values": f"{_count(source.shapes.values()):,}"}
+    if not ranks:
+        return Description(
+            "JAX checkpoint of openpi, without LoRA", "openpi's JAX code, or convert jax --merged", facts
+        )
+    facts["ranks"] = ", ".join(map(str, ranks))
+    return Description("JAX checkpoint of openpi, with LoRA", "openpi's JAX code, or convert jax", facts)
+
+
+def _adapter(adapter: adapters.Adapter) -> Description:
+    ours = "version" in adapter.metadata
+    facts = {name: str(value) for name, value in adapter.metadata.items() if value not in (None, {})}
+    facts["values"] = f"{_count(tuple(tensor.shape) for tensor in adapter.tensors.values()):,}"
+    facts["modules saved whole"] = ", ".join(adapter.config.get("modules_to_save") or ()) or "none"
+    kind = "adapter of openpi_lora_patch, in PEFT's format" if ours else "adapter that PEFT saved"
+    base = "the base with this fingerprint" if ours else "its base, which the file does not name"
+    try:
+        configs = adapter.lora
+    except CheckpointError as error:
+        return Description(kind, f"PEFT; not this package: {' '.join(str(error).split())}", facts)
+    deltas: dict[str, tuple[int, float | None]] = {}
+    for name, config in configs.items():
+        A, B = (adapter.tensors[peft.tensor_name(name, matrix)].float() for matrix in ("lora_A", "lora_B"))
+        deltas[name] = config.rank, config.scaling * _norm_of_product(B, A)
+    facts["ranks"] = ", ".join(map(str, sorted({rank for rank, _ in deltas.values()})))
+    return Description(kind, f"{base}, and load_adapter() or PEFT", facts, deltas)
+
+
+def _file(path: pathlib.Path) -> Description:
+    with files.reading(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if adapters.METADATA in shapes:
+        found = _adapter(adapters.read_training_file(path))
+        needs = "OPENPI_LORA_BASE, with openpi's scripts; convert training makes an adapter folder of it"
+        return dataclasses.replace(found, kind="training checkpoint with adapters only", needs=needs)
+    facts = {"tensors": str(len(shapes)), "values": f"{_count(shapes.values()):,}"}
+    deltas: dict[str, tuple[int, float | None]] = {
+        name.partition(".lora_A")[0]: (min(shape), None) for name, shape in shapes.items() if ".lora_A" in name
+    }
+    pi0 = any("paligemma_with_expert." in name for name in shapes)
+    if deltas and pi0 and any(name.endswith(".base_layer.weight") for name in shapes):
+        return Description("whole pi0 or pi0.5 with adapters", "the *_lora variants it was trained with", facts, deltas)
+    if any("lora" in name.lower() for name in shapes):
+        needs = "what wrote it: there is no adapter_config.json beside it, or it names its tensors otherwise"
+        return Description("somebody else's LoRA", needs, facts, deltas)
+    if pi0:
+        return Description("base checkpoint of pi0 or pi0.5", "openpi or lerobot, as it is", facts)
+    return Description("safetensors file of some other model", "what wrote it", facts)
+
+
+def _norm_of_product(B: Tensor, A: Tensor) -> float:
+    """Frobenius norm of B A, without making it: (out, r) and (r, in)."""
+    squared = ((B.T.double() @ B.double()) * (A.double() @ A.T.double())).sum()
+    return torch.sqrt(squared.clamp(min=0)).item()
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes)

@@ -1,0 +1,155 @@
+"""Base plus adapter as one plain checkpoint that stock openpi loads: streamed, in float32, rounded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..lora.config import LoRAConfig
+from . import adapters, files, peft
+from .adapters import Adapter
+
+# PaliGemma's head and embedding are one tensor, and a safetensors file has it under either name.
+_TIED = {
+    "paligemma_with_expert.paligemma.lm_head.weight": (
+        "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    )
+}
+_TORCH = {name: dtype for dtype, name in files.DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What one merged weight lost by being stored in fewer bits.
+
+    Attributes:
+        worst: the largest absolute error of an element.
+        mean: the mean absolute error.
+        kept: how much of the adapter's change is in the stored weight, 1.0 being all: the change that is stored,
+            projected on the change that was meant. NaN for an adapter that changes nothing.
+    """
+
+    worst: float
+    mean: float
+    kept: float
+
+
+def merge(
+    base: files.Path,
+    adapter: files.Path,
+    out: files.Path,
+    *,
+    dtype: torch.dtype | None = None,
+    check_base: bool = True,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> dict[str, Rounding]:
+    """Write `out/model.safetensors`, whole or not at all, with one tensor of it in memory at a time.
+
+    Args:
+        base: a plain checkpoint, or its folder.
+        adapter: folder of an adapter.
+        out: a folder that is not there yet.
+        dtype: of the floating-point tensors of the result; None for the base's own.
+        check_base: refuse a base other than the one that the adapter was trained on, where the adapter names it.
+        progress: wraps the names that are being worked through.
+
+    Returns:
+        What rounding cost, by the Linear's name.
+
+    Raises:
+        CheckpointError: files that cannot be read or do not fit, another base, `out` is there, no space.
+    """
+    taken = adapters.read_adapter(adapter)
+    report: dict[str, Rounding] = {}
+    with files.reading(files.weights_file(base)) as file:
+        merging = _Merging(file, taken)
+        merging.require_fit(check_base)
+        specs = {name: (dtype or own if own.is_floating_point else own, shape) for name, own, shape in merging.specs()}
+        with files.creating(pathlib.Path(out)) as temporary:
+            tensors = merging.tensors(progress(specs), {name: spec[0] for name, spec in specs.items()}, report)
+            files.write_tensors(temporary / "model.safetensors", specs, tensors, file.metadata() or {"format": "pt"})
+    return report
+
+
+class _Merging:
+    def __init__(self, file: Any, adapter: Adapter) -> None:
+        self.file = file
+        self.names: list[str] = list(file.keys())
+        # A policy's adapter goes onto the model inside it, and the other way round.
+        in_policy = any(name.startswith("model.paligemma_with_expert.") for name in self.names)
+        self.adapter = adapter if in_policy else adapter.without_prefix("model.")
+        self.configs: dict[str, LoRAConfig] = self.adapter.lora
+        matrices = {peft.tensor_name(name, m) for name in self.configs for m in ("lora_A", "lora_B")}
+        self.replaced = {
+            self._stored_name(name.removeprefix(peft.PREFIX)): tensor
+            for name, tensor in self.adapter.tensors.items()
+            if name not in matrices
+        }
+
+    def _stored_name(self, name: str) -> str:
+        tied = _TIED | {two: one for one, two in _TIED.items()}
+        return tied[name] if name not in self.names and tied.get(name) in self.names else name
+
+    def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        for name in self.names:
+            piece = self.file.get_slice(name)
+            yield name, _TORCH[piece.get_dtype()], tuple(piece.get_shape())
+
+    def require_fit(self, check_base: bool) -> None:
+        shapes = {name: shape for name, _, shape in self.specs()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
+        wrong = [f"{name} {shape}" for name, shape in wanted.items() if shapes.get(name) != shape]
+        for name, config in self.configs.items():
+            A, B = self._matrices(name)
+            fits = A.shape[0] == B.shape[1] == config.rank
+            if not fits or shapes.get(f"{name}.weight") != (B.shape[0], A.shape[1]):
+                wrong.append(f"{name} A {tuple(A.shape)} B {tuple(B.shape)} for rank {config.rank}")
+        if wrong or not self.configs:
+            raise CheckpointError(
+                "The adapter does not fit the base; nothing was written.",
+                found="; ".join(wrong[:5]) or "no adapters",
+                expected="tensors of the base's names and shapes",
+                fix="give the plain base checkpoint that it was trained on",
+            )
+        adapters.require_finite(self.adapter.tensors)
+        trained_on = self.adapter.metadata.get("base")
+        weights = ((name, self.file.get_tensor(f"{name}.weight")) for name in self.configs)
+        if check_base and trained_on is not None and (found := adapters.fingerprint(weights)) != trained_on:
+            raise CheckpointError(
+                "The adapter was trained on another base; nothing was written.", found=found, expected=trained_on
+            )
+
+    def tensors(
+        self, names: Iterable[str], dtypes: Mapping[str, torch.dtype], report: dict[str, Rounding]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            linear = name.removesuffix(".weight")
+            if linear in self.configs and name != linear:
+                A, B = self._matrices(linear)
+                weight = self.file.get_tensor(name).float()
+                delta = self.configs[linear].scaling * (B.float() @ A.float())
+                stored = (weight + delta).to(dtypes[name])
+                report[linear] = _rounding(weight, delta, stored)
+                yield name, stored
+            else:
+                tensor = self.replaced[name] if name in self.replaced else self.file.get_tensor(name)
+                yield name, tensor.to(dtypes[name])
+
+    def _matrices(self, linear: str) -> tuple[Tensor, Tensor]:
+        names = [peft.tensor_name(linear, matrix) for matrix in ("lora_A", "lora_B")]
+        if absent := [name for name in names if name not in self.adapter.tensors]:
+            raise CheckpointError("An adapter lacks a matrix.", found=f"no {absent[0]}")
+        A, B = (self.adapter.tensors[name] for name in names)
+        return A, B
+
+
+def _rounding(weight: Tensor, delta: Tensor, stored: Tensor) -> Rounding:
+    error = (stored.float() - (weight + delta)).abs()
+    kept = ((stored.float() - weight) * delta).sum().double() / delta.square().sum().double()
+    return Rounding(error.max().item(), error.mean().item(), kept.item())
