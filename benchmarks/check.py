@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import models
-import openpi_lora_patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import openpi_lora_patch
 from openpi_lora_patch.lora import LoRAConfig, LoRALinear, kernels, lora_layers, pointwise
 
 FAILED: list[str] = []
@@ -102,7 +102,7 @@ def check_rotation() -> None:
     packed = torch.randn(2, 867, 10, 256, device="cuda", dtype=torch.bfloat16)
     angle = torch.randn(2, 867, 128, device="cuda")
     cos, sin = (torch.cat([f(angle)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
-    query, key, value = kernels.JoinRotated.apply(cos, sin, 8, 872, packed)
+    query, key, value = kernels.JoinRotated.apply(cos, sin, 8, 5, False, packed)
 
     def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
         x, c, s = x.to(dtype), cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
@@ -114,7 +114,7 @@ def check_rotation() -> None:
     if not torch.equal(value[:, :867], packed[:, :, 9:]) or query[:, 867:].any():
         FAILED.append("rotation, values or added tokens")
     back = torch.empty_like(packed)
-    pointwise.rotate_back(back, cos, sin, (query, key, value), 0)
+    pointwise.rotate_back(back, cos, sin, (query, key, value), 0, 0)
     print(f"{'rotation there and back':52} {error(back, packed):.3e}")
 
 
@@ -168,7 +168,9 @@ def check_model(*, pi05: bool) -> None:
         FAILED.append(f"{label}: other parameters have gradients")
     names = [n for n in runs["float32"] if runs["float32"][n].norm() > 0]
     print(f"{label}: {len(names)} gradients that are not zero, {len(runs['float32']) - 1} in all")
-    errors = {name: torch.tensor([error(runs[name][n], runs["float32"][n]) for n in names]) for name in ("ours", "naive")}
+    errors = {
+        name: torch.tensor([error(runs[name][n], runs["float32"][n]) for n in names]) for name in ("ours", "naive")
+    }
     report(f"{label}: median of the gradients' errors", *(errors[n].median().item() for n in ("ours", "naive")))
     report(f"{label}: worst of the gradients' errors", *(errors[n].max().item() for n in ("ours", "naive")))
     print(f"{label}: loss " + ", ".join(f"{name} {run['loss'].item():.6f}" for name, run in runs.items()), flush=True)

@@ -6,12 +6,11 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import openpi_lora_patch  # noqa: I001 (before transformers, as for every user)
 import torch
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from torch import Tensor, nn
 
-from openpi_lora_patch.apply import Counts
+import openpi_lora_patch
 from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.patches import openpi_fast
 
@@ -82,11 +81,6 @@ def build(how: str, *, pi05: bool = False, **settings: Any) -> Any:
     return model.train()
 
 
-def describe(model: Any) -> str:
-    counts = Counts.of(model)
-    return f"{counts.trainable:,} of {counts.total:,} train"
-
-
 def batch(model: Any, size: int, *, cameras: int = 3) -> tuple[Any, Tensor]:
     """A random observation and actions; all tokens are there, and so many cameras."""
     config = model.config
@@ -109,23 +103,24 @@ def tera_operations(model: Any, size: int, *, cameras: int = 3, full: bool = Fal
     """Floating-point operations of one step, without recomputation, in 1e12: what the mathematics needs."""
     prefix = cameras * 256 + model.config.max_token_len
     suffix = model.config.action_horizon + (0 if model.config.pi05 else 1)
-    towers = model.paligemma_with_expert
     passes = 3 if full else 2  # Forward, gradient of the activations, gradient of the weights.
-    layers = towers.paligemma.model.language_model.layers, towers.gemma_expert.model.layers
-    decoder = sum(_base(part) * tokens for part, tokens in zip(layers, (prefix, suffix), strict=True)) * passes
-    vision = _base(towers.paligemma.model.vision_tower) * cameras * 256 * (3 if full else 1)
+    towers = [layers(model, tower) for tower in RANKS]
+    decoder = sum(_base(part) * tokens for part, tokens in zip(towers, (prefix, suffix), strict=True)) * passes
+    vision = _base(model.paligemma_with_expert.paligemma.model.vision_tower) * cameras * 256 * (3 if full else 1)
     # Scores and sums, each a product of all tokens with all tokens; the backward pass has five such products.
     attention = 18 * 2 * (prefix + suffix) ** 2 * 2048 * 7 / 2
     return 2 * size * (decoder + vision + attention) / 1e12
 
 
 def _base(part: nn.Module) -> int:
-    return sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear) and "lora" not in type(m).__name__)
+    """Weights of the Linears without PEFT's adapters, which are Linears too."""
+    linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
+    return sum(linear.weight.numel() for linear in linears if min(linear.weight.shape) > max(RANKS.values()))
 
 
 def _add_naive(model: Any) -> None:
     for tower, rank in RANKS.items():
-        for layer in _layers(model, tower):
+        for layer in layers(model, tower):
             for owner in (layer.self_attn, layer.mlp):
                 for name, child in list(owner.named_children()):
                     if name in (*ATTENTION, *FFN):
@@ -138,7 +133,7 @@ def _add_peft(model: Any, dtype: torch.dtype) -> None:
     heads = {id(p) for p in model.parameters() if p.requires_grad}
     for tower, rank in RANKS.items():
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*ATTENTION, *FFN])
-        inject_adapter_in_model(config, _layers(model, tower))
+        inject_adapter_in_model(config, layers(model, tower))
     for name, parameter in model.named_parameters():
         adapter = "lora_" in name
         parameter.requires_grad_(adapter or id(parameter) in heads)
@@ -146,7 +141,8 @@ def _add_peft(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _layers(model: Any, tower: str) -> Any:
+def layers(model: Any, tower: str) -> Any:
+    """The decoder layers of one of the two towers."""
     part = getattr(model.paligemma_with_expert, tower).model
     return part.language_model.layers if tower == "paligemma" else part.layers
 

@@ -22,14 +22,18 @@ AS_IT_IS = ("full", "peft", "peft bfloat16", "naive")
 LADDER: dict[str, dict[str, Any]] = {
     "ours, openpi's forward": {"joint": False},
     "joint forward, one checkpoint": {
-        "joint": True, "attention": "eager", "fused": "0", "trim": "0", "prune": False, "checkpoint": "layer",
+        "joint": True, "attention": "eager", "fused": "0", "trim": "0", "prune": False, "compile": "0",
+        "checkpoint": "layer",
     },
     "and SDPA": {"attention": "sdpa"},
     "and dead prefix part left out": {"prune": True},
     "and fused functions": {"fused": "1"},
     "and no checkpoint": {"checkpoint": "none"},
-    "and trimming (default settings)": {"trim": "1", "checkpoint": "auto"},
+    "and trimming": {"trim": "1"},
+    "and a compiled vision tower": {"compile": "1"},
 }  # fmt: skip
+# The defaults but for one setting.
+ALONE = {"attention": "eager", "fused": "0", "trim": "0", "prune": False, "checkpoint": "layer"}
 
 
 def measure(model: Any, size: int, steps: int, cameras: int = 3) -> dict[str, float]:
@@ -80,6 +84,7 @@ def run(name: str, how: str, options: argparse.Namespace, *, cameras: int = 3, *
         row["failed"] = "out of memory"
         print(f"{name:44} out of memory", flush=True)
     model = None
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     return row
@@ -98,13 +103,13 @@ def main() -> None:
     for name, change in LADDER.items():
         settings = settings | change
         wanted.append((name, "ours", 3, settings))
-    fast = settings | {"checkpoint": "none"}
     wanted += [
-        ("frozen floor, no checkpoint", "floor", 3, fast),
-        ("ours, checkpoint every layer", "ours", 3, fast | {"checkpoint": "layer"}),
-        ("ours, LIBERO masks", "ours", 2, settings),
+        ("ours, default settings", "ours", 3, {}),
+        ("frozen floor", "floor", 3, {"checkpoint": "none"}),
+        ("ours, LIBERO masks", "ours", 2, {}),
         ("naive, LIBERO masks", "naive", 2, {}),
     ]
+    wanted += [(f"default but {name} {value}", "ours", 3, {name: value}) for name, value in ALONE.items()]
     print(f"{'pi0.5' if options.pi05 else 'pi0'}, batch {options.batch}, {torch.cuda.get_device_name()}")
     rows = [
         run(name, how, options, cameras=cameras, **chosen)

@@ -4,10 +4,10 @@ import copy
 import dataclasses
 import itertools
 
-import golden
 import pytest
 import torch
 
+import golden
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.lora import LoRAConfig, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN

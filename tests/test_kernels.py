@@ -1,11 +1,11 @@
 """The fused functions: value and every gradient against the plain modules in float64, rounding no worse than theirs."""
 
-import golden  # noqa: F401 (one thread, before torch)
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import golden  # noqa: F401 (one thread, before torch)
 from openpi_lora_patch.lora import LoRAConfig, LoRALinear, kernels, pointwise
 
 EPS = 1e-6

@@ -62,12 +62,13 @@ def freeze(model: nn.Module, preset: str = "default", keep_frozen: Iterable[nn.P
         parameter.requires_grad_(id(parameter) in chosen)
     guarded: Any = model
     if not hasattr(guarded, "_trainable_names"):
-        guarded.register_forward_pre_hook(check_frozen)
+        # After the forward, not before: the GPU then works while this looks at every parameter.
+        guarded.register_forward_hook(check_frozen)
     guarded._trainable_names = _names_that_train(model)
 
 
-def check_frozen(model: Any, _args: Any = ()) -> None:
-    """A forward pre-hook of every model that `freeze` was called on.
+def check_frozen(model: Any, *_: Any) -> None:
+    """A forward hook of every model that `freeze` was called on.
 
     Raises:
         FrozenParametersError: in training, other parameters train than `freeze` decided.

@@ -4,7 +4,7 @@ What they save against `LoRALinear` after `LoRALinear`:
 - Linears on the same input (q/k/v, gate/up) run as one, with their adapters stacked: the input is read once.
 - The adapter's part is summed inside the base GEMM, in its float32 accumulator, where adding it to an output that was
   rounded to bfloat16 would lose an update of 1e-4.
-- For the backward pass only GEMM outputs are kept; norms and GEGLU are computed again, which costs one pass over memory.
+- For the backward pass only GEMM outputs are kept; norms and GEGLU are computed again, each one pass over memory.
 
 Source of the arithmetic: Hu et al. 2021 (arXiv:2106.09685); RMSNorm and GEGLU as in Gemma.
 """
@@ -12,8 +12,8 @@ Source of the arithmetic: Hu et al. 2021 (arXiv:2106.09685); RMSNorm and GEGLU a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,8 @@ def project(x: Tensor, linears: Sequence[Any], norm: Norm | None = None) -> Tens
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     scalings, tensors = _parts(linears)
-    out = _Projection.apply(x.reshape(-1, x.shape[-1]), weight, eps, scalings, *tensors)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], -1)
+    out = _Projection.apply(x.reshape(-1, x.shape[-1]), weight, eps, scalings, *tensors)
+    return cast(Tensor, out.view(*x.shape[:-1], -1))
 
 
 def feed_forward(x: Tensor, mlp: Any, norm: Norm | None = None, *, keep: bool = True) -> Tensor:
@@ -73,7 +73,8 @@ def feed_forward(x: Tensor, mlp: Any, norm: Norm | None = None, *, keep: bool = 
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     scalings, tensors = _parts((mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     rows = x.reshape(-1, x.shape[-1])
-    return _FeedForward.apply(rows, weight, eps, keep, scalings, *tensors).view(x.shape)  # type: ignore[no-untyped-call]
+    out = _FeedForward.apply(rows, weight, eps, keep, scalings, *tensors)
+    return cast(Tensor, out.view(x.shape))
 
 
 class JoinRotated(torch.autograd.Function):
@@ -128,17 +129,17 @@ class _Projection(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor | None, eps: float, scalings: tuple[float, ...], *tensors: Tensor
     ) -> Tensor:
-        linear = _Stacked(*_thirds(tensors), scalings, x.dtype)
+        linear = _Stacked.of(*_thirds(tensors), scalings, x.dtype)
         output, hidden = linear(x, norm, eps)
         ctx.eps, ctx.scalings = eps, scalings
-        ctx.save_for_backward(x, norm, hidden, *tensors)
+        ctx.save_for_backward(x, norm, hidden, linear.a, linear.b, *tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm, hidden, *tensors = ctx.saved_tensors
+        x, norm, hidden, a, b, *tensors = ctx.saved_tensors
         weights, matrices_a, matrices_b = _thirds(tensors)
-        linear = _Stacked(weights, matrices_a, matrices_b, ctx.scalings, x.dtype)
+        linear = _Stacked(weights, a, b)
         hidden_grad = linear.hidden_grad(grad)
         grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
         if hidden_grad is not None:
@@ -158,28 +159,32 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor | None, eps: float, keep: bool, scalings: tuple[float, ...], *tensors: Tensor
     ) -> Tensor:
-        first, last = _halves(tensors, scalings, x.dtype)
-        outputs, kept = [], []
-        for rows in (x,) if keep else x.split(_CHUNK):
+        weights, matrices_a, matrices_b = _thirds(tensors)
+        first = _Stacked.of(weights[:2], matrices_a[:2], matrices_b[:2], scalings[:2], x.dtype)
+        last = _Stacked.of(weights[2:], matrices_a[2:], matrices_b[2:], scalings[2:], x.dtype)
+        outputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for rows in (x,) if keep else torch.split(x, _CHUNK):
             gate_up, inner = first(rows, norm, eps)
             wide, activation = last.room(len(rows), last.size)
-            hidden = pointwise.geglu(gate_up, activation, last.a)
+            hidden = last.hidden(pointwise.geglu(gate_up, activation))
             outputs.append(last.product(wide, hidden))
             kept = [gate_up, inner, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
-        ctx.save_for_backward(x, norm, *tensors, *kept)
+        ctx.save_for_backward(x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm, *saved = ctx.saved_tensors
-        tensors, kept = saved[:9], saved[9:]
-        first, last = _halves(tensors, ctx.scalings, x.dtype)
+        x, norm, first_a, first_b, last_a, last_b, *saved = ctx.saved_tensors
+        kept = saved[9:]
+        weights, matrices_a, matrices_b = _thirds(saved[:9])
+        first, last = _Stacked(weights[:2], first_a, first_b), _Stacked(weights[2:], last_a, last_b)
         totals, x_grads = _Totals(), []
-        for rows, out_grad in ((x, grad),) if ctx.keep else zip(x.split(_CHUNK), grad.split(_CHUNK), strict=True):
+        for rows, out_grad in ((x, grad),) if ctx.keep else _chunks(x, grad):
             gate_up, inner, hidden = kept or (*first(rows, norm, ctx.eps), None)
             if last.a is not None and hidden is None:
-                hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.a)
+                hidden = last.hidden(pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size)))
             hidden_grad = last.hidden_grad(out_grad)
             activation_grad = last.backward(out_grad, hidden_grad)
             wide, gate_up_grad = first.room(len(rows), first.out)
@@ -192,14 +197,13 @@ class _FeedForward(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 x_grad = first.product_back(wide, inner_grad)
                 x_grads.append(x_grad if norm is None else pointwise.rms_norm_backward(x_grad, rows, norm, ctx.eps))
-        _, matrices_a, matrices_b = _thirds(tensors)
         grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
         grads_b = [
             *_unblock(totals["b_first"], matrices_b[:2], ctx.scalings[:2]),
             *_unblock(totals["b_last"], matrices_b[2:], ctx.scalings[2:]),
         ]
-        x_grad = torch.cat(x_grads) if len(x_grads) > 1 else x_grads[0] if x_grads else None
-        return x_grad, None, None, None, None, None, None, None, *grads_a, *grads_b
+        x_total = torch.cat(x_grads) if len(x_grads) > 1 else x_grads[0] if x_grads else None
+        return x_total, None, None, None, None, None, None, None, *grads_a, *grads_b
 
 
 class _Stacked:
@@ -211,17 +215,32 @@ class _Stacked:
     add to, rounds to bfloat16 first, which loses an update of 1e-4. The zeros keep rows aligned for the fast kernels.
     """
 
-    def __init__(
-        self,
+    def __init__(self, weights: Sequence[Tensor], a: Tensor | None, b: Tensor | None) -> None:
+        self.weights, self.a, self.b = weights, a, b
+        self.size, self.out = weights[0].shape[1], sum(len(weight) for weight in weights)
+
+    @classmethod
+    def of(
+        cls,
         weights: Sequence[Tensor],
         matrices_a: Sequence[Tensor],
         matrices_b: Sequence[Tensor],
         scalings: Sequence[float],
         dtype: torch.dtype,
-    ) -> None:
-        self.weights = weights
-        self.size, self.out = weights[0].shape[1], sum(len(weight) for weight in weights)
-        self.a, self.b = _stack(matrices_a, dtype), _block_diagonal(matrices_b, scalings, dtype)
+    ) -> _Stacked:
+        """The As under one another, (r, in), and the scaled Bs, (out, r), each beside the columns of its own A.
+
+        r is a multiple of 16, as matrix units have it; without any adapter both are None.
+        """
+        rank = sum(len(a) for a in matrices_a)
+        if rank == 0:
+            return cls(weights, None, None)
+        missing = -rank % 16
+        a = F.pad(torch.cat(tuple(matrices_a)).to(dtype), (0, 0, 0, missing))
+        b = a.new_zeros(sum(len(b) for b in matrices_b), rank + missing)
+        for part, block, scaling in zip(matrices_b, _blocks(b, matrices_b), scalings, strict=True):
+            block.copy_(part if scaling == 1 else part * scaling)
+        return cls(weights, a, b)
 
     def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         """Of `norm(x)`, (rows, in), the output (rows, out), and what the adapters have inside, (rows, r)."""
@@ -257,6 +276,10 @@ class _Stacked:
         pointwise.beside(None, hidden_grad, wide)
         return self._product_back(wide)
 
+    def hidden(self, x: Tensor) -> Tensor | None:
+        """`x A^T`, (rows, r)."""
+        return None if self.a is None else x @ self.a.T
+
     def hidden_grad(self, grad: Tensor) -> Tensor | None:
         """`y_grad B`, (rows, r)."""
         return None if self.b is None else grad @ self.b
@@ -282,13 +305,8 @@ class _Stacked:
         return wide @ torch.cat([*self.weights, self.a, zeros])
 
 
-def _halves(tensors: Sequence[Tensor], scalings: tuple[float, ...], dtype: torch.dtype) -> tuple[_Stacked, _Stacked]:
-    """Gate and up as one Linear, and down."""
-    thirds = _thirds(tensors)
-    return (
-        _Stacked(*(part[:2] for part in thirds), scalings[:2], dtype),
-        _Stacked(*(part[2:] for part in thirds), scalings[2:], dtype),
-    )
+def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(x, _CHUNK), torch.split(grad, _CHUNK), strict=True)
 
 
 def _normalise(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
@@ -300,14 +318,15 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
 
 
 class _Totals(dict[str, "Tensor | None"]):
-    """Sums over the parts of a batch, in float32 at least."""
+    """Sums over the parts of a batch; where there are several, in float32 at least."""
 
     def add(self, **parts: Tensor | None) -> None:
         for name, part in parts.items():
-            if part is not None and name in self:
-                self[name] = self[name] + part
+            before = self[name]
+            if before is None or part is None:
+                self[name] = part
             else:
-                self[name] = part if part is None or part.dtype == torch.float64 else part.float()
+                self[name] = torch.add(before if before.dtype == torch.float64 else before.float(), part)
 
     def __missing__(self, name: str) -> None:
         return None
@@ -333,19 +352,6 @@ def _cat(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
 
 
-def _stack(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The As under one another, (r, in), None where there are none; r is a multiple of 16, as matrix units have it."""
-    stacked = torch.cat(tuple(matrices)).to(dtype)
-    return F.pad(stacked, (0, 0, 0, -len(stacked) % 16)) if len(stacked) else None
-
-
-def _block_diagonal(matrices: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor | None:
-    """The scaled Bs, (out, r), each beside the columns of its own A; None where there are none."""
-    blocks = torch.block_diag(*(b * scaling for b, scaling in zip(matrices, scalings, strict=True)))
-    rank = blocks.shape[1]
-    return F.pad(blocks, (0, -rank % 16)).to(dtype) if rank else None
-
-
 def _unstack(grad: Tensor | None, matrices: Sequence[Tensor]) -> list[Any]:
     """Each A's gradient, out of that of the stack."""
     if grad is None:
@@ -358,9 +364,17 @@ def _unblock(grad: Tensor | None, matrices: Sequence[Tensor], scalings: Sequence
     """Each B's gradient, out of that of the block diagonal."""
     if grad is None:
         return [None] * len(matrices)
-    results, row, column = [], 0, 0
-    for b, scaling in zip(matrices, scalings, strict=True):
-        block = grad[row : row + b.shape[0], column : column + b.shape[1]]
-        results.append(block.to(b.dtype) * scaling)
-        row, column = row + b.shape[0], column + b.shape[1]
-    return results
+    blocks = _blocks(grad, matrices)
+    return [
+        block.to(b.dtype) if scaling == 1 else block.to(b.dtype) * scaling
+        for b, block, scaling in zip(matrices, blocks, scalings, strict=True)
+    ]
+
+
+def _blocks(diagonal: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The places of `matrices` on a block diagonal."""
+    rows, columns = (_offsets([b.shape[axis] for b in matrices]) for axis in (0, 1))
+    return [
+        diagonal[row : row + b.shape[0], column : column + b.shape[1]]
+        for b, row, column in zip(matrices, rows, columns, strict=True)
+    ]

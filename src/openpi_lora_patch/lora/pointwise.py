@@ -1,7 +1,7 @@
 """The memory-bound parts of a Gemma layer, one pass over memory each: Triton where there is a GPU, else plain torch.
 
-Every function takes and returns plain tensors and knows nothing of autograd; `kernels.py` puts them together. Arithmetic
-is in float32 (in plain torch, at least), with one rounding at the end.
+Every function takes and returns plain tensors and knows nothing of autograd; `kernels.py` puts them together.
+Arithmetic is in float32 (in plain torch, at least), with one rounding at the end.
 """
 
 from __future__ import annotations
@@ -75,19 +75,14 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
     return (scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
-    """`out = gelu(gate) * up`, gelu in its tanh form; returns `out @ a.T`, (rows, r), where there is an adapter after it.
-
-    Args:
-        gate_up: (rows, 2 * dim), gate first.
-        out: (rows, dim), a view with any row stride.
-        a: (r, dim), or None.
-    """
+def geglu(gate_up: Tensor, out: Tensor) -> Tensor:
+    """`out = gelu(gate) * up`, gelu in its tanh form: (rows, 2 * dim), gate first, to (rows, dim), any row stride."""
     if gate_up.is_cuda:
-        return _triton().geglu(gate_up, out, a)  # type: ignore[no-any-return]
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
-    out.copy_(F.gelu(gate, approximate="tanh") * up)
-    return None if a is None else out @ a.T
+        _triton().geglu(gate_up, out)
+    else:
+        gate, up = _wide(gate_up).chunk(2, dim=-1)
+        out.copy_(F.gelu(gate, approximate="tanh") * up)
+    return out
 
 
 def geglu_backward(
@@ -106,7 +101,7 @@ def geglu_backward(
         `out.T @ inner` (2 * dim, r) and `inner_grad.T @ geglu(gate_up)` (s, dim), float32 at least, or None.
     """
     if grad.is_cuda:
-        return _triton().geglu_backward(grad, gate_up, inner, inner_grad, out)  # type: ignore[no-any-return]
+        return _triton().geglu_backward(grad, gate_up, inner, inner_grad, out)
     gate, up = (half.detach().requires_grad_() for half in _wide(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The functions of `pointwise.py` as Triton kernels, for CUDA tensors. See there for shapes and meaning."""
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from .pointwise import Whole
 
-_ROWS, _COLUMNS = 64, 32  # A tile of `_geglu_backward`.
-_PROGRAMS = 1024  # Enough to fill any GPU several times.
+_ROWS, _COLUMNS = 32, 32  # A tile of `_geglu_backward`.
+_PROGRAMS = 4096  # Enough to fill any GPU several times.
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
@@ -36,23 +37,12 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
     return out
 
 
-def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
+def geglu(gate_up: Tensor, out: Tensor) -> None:
     rows, dim = out.shape
-    if a is None:
-        block = min(1024, triton.next_power_of_2(dim))
-        _geglu[(rows, triton.cdiv(dim, block))](
-            gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4
-        )
-        return None
-    blocks = triton.cdiv(rows, _ROWS)
-    splits = max(1, min(triton.cdiv(dim, 16 * _COLUMNS), _PROGRAMS // blocks))
-    length = triton.cdiv(triton.cdiv(dim, splits), _COLUMNS) * _COLUMNS
-    partial = gate_up.new_empty(splits, rows, len(a), dtype=torch.float32)
-    _geglu_inner[(blocks, splits)](
-        gate_up, out, a, partial, rows, dim, length, out.stride(0), len(a),
-        max(16, triton.next_power_of_2(len(a))), _ROWS, _COLUMNS, num_warps=4, num_stages=3,
+    block = min(1024, triton.next_power_of_2(dim))
+    _geglu[(rows, triton.cdiv(dim, block))](
+        gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4
     )
-    return partial.sum(0).to(gate_up.dtype)
 
 
 def geglu_backward(
@@ -64,10 +54,23 @@ def geglu_backward(
     length = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
     after, before = _partial(inner, splits, 2 * dim), _partial(inner_grad, splits, dim)
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length, out.stride(0),
+        grad,
+        gate_up,
+        out,
+        inner,
+        inner_grad,
+        after,
+        before,
+        rows,
+        dim,
+        length,
+        out.stride(0),
         *(0 if t is None else t.shape[1] for t in (inner, inner_grad)),
         *(0 if t is None else max(16, triton.next_power_of_2(t.shape[1])) for t in (inner, inner_grad)),
-        _ROWS, _COLUMNS, num_warps=4, num_stages=3,
+        _ROWS,
+        _COLUMNS,
+        num_warps=4,
+        num_stages=3,
     )
     return None if after is None else after.sum(0).T, None if before is None else before.sum(0)
 
@@ -78,10 +81,26 @@ def rotate(
     batch, length, _, head_dim = packed.shape
     query, key, value = whole
     _rotate[(length, batch)](
-        packed, cos, sin, query, key, value, offset, query_offset, length,
-        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        query.shape[2], key.shape[2], head_dim // 2, triton.next_power_of_2(head_dim // 2), inverse, num_warps=4,
+        packed,
+        cos,
+        sin,
+        query,
+        key,
+        value,
+        offset,
+        query_offset,
+        length,
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(1),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        query.shape[2],
+        key.shape[2],
+        head_dim // 2,
+        triton.next_power_of_2(head_dim // 2),
+        inverse,
+        num_warps=4,
     )
 
 
@@ -90,10 +109,20 @@ def _partial(inner: Tensor | None, splits: int, dim: int) -> Tensor | None:
     return None if inner is None else inner.new_empty(splits, inner.shape[1], dim, dtype=torch.float32)
 
 
-@triton.jit  # type: ignore[misc]
-def _beside(  # type: ignore[no-untyped-def]
-    left, right, out, left_stride, right_stride, out_stride, start, size, rank, width,
-    HAS_LEFT: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _beside(
+    left,
+    right,
+    out,
+    left_stride,
+    right_stride,
+    out_stride,
+    start,
+    size,
+    rank,
+    width,
+    HAS_LEFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -103,8 +132,8 @@ def _beside(  # type: ignore[no-untyped-def]
     tl.store(out + row * out_stride + at, value, at < width)
 
 
-@triton.jit  # type: ignore[misc]
-def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
@@ -114,8 +143,8 @@ def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOC
     tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), inside)
 
 
-@triton.jit  # type: ignore[misc]
-def _rms_norm_backward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _rms_norm_backward(
     grad, x, weight, out, grad_stride, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -130,16 +159,16 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
     tl.store(out + row * stride + at, result.to(out.dtype.element_ty), inside)
 
 
-@triton.jit  # type: ignore[misc]
-def _gelu(gate):  # type: ignore[no-untyped-def]
+@triton.jit
+def _gelu(gate):
     """gelu(gate) in its tanh form, written with a sigmoid, and its slope."""
     part = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     slope = part + gate * part * (1 - part) * 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
     return gate * part, slope
 
 
-@triton.jit  # type: ignore[misc]
-def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < dim
@@ -149,37 +178,25 @@ def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):  # type:
     tl.store(out + row * out_stride + at, (gelu * up).to(out.dtype.element_ty), inside)
 
 
-@triton.jit  # type: ignore[misc]
-def _geglu_inner(  # type: ignore[no-untyped-def]
-    gate_up, out, a, partial, rows, dim, length, out_stride,
-    R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):
-    """One program: some rows, one part of the columns; the product with `a` stays in registers."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    split = tl.program_id(1)
-    rank = tl.arange(0, R_BLOCK)
-    total = tl.zeros((ROWS, R_BLOCK), tl.float32)
-    element = out.dtype.element_ty
-    for start in range(split * length, min((split + 1) * length, dim), COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        there = (row[:, None] < rows) & (column[None, :] < dim)
-        at = row[:, None] * (2 * dim) + column[None, :]
-        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
-        up = tl.load(gate_up + at + dim, there, 0.0).to(tl.float32)
-        gelu, _ = _gelu(gate)
-        activation = (gelu * up).to(element)
-        tl.store(out + row[:, None] * out_stride + column[None, :], activation, there)
-        known = (rank[None, :] < R) & (column[:, None] < dim)
-        total += tl.dot(activation, tl.load(a + rank[None, :] * dim + column[:, None], known, 0.0))
-    at = (split * rows + row[:, None]) * R + rank[None, :]
-    tl.store(partial + at, total, (row[:, None] < rows) & (rank[None, :] < R))
-
-
-@triton.jit  # type: ignore[misc]
-def _geglu_backward(  # type: ignore[no-untyped-def]
-    grad, gate_up, out, inner, inner_grad, after, before, rows, dim, length, out_stride,
-    R: tl.constexpr, S: tl.constexpr, R_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit
+def _geglu_backward(
+    grad,
+    gate_up,
+    out,
+    inner,
+    inner_grad,
+    after,
+    before,
+    rows,
+    dim,
+    length,
+    out_stride,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """One program: some columns, one part of the rows; what is summed over rows stays in registers."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -192,27 +209,33 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
     if S > 0:
         last_rank = tl.arange(0, S_BLOCK)
         down_sum = tl.zeros((S_BLOCK, COLUMNS), tl.float32)
+    local = tl.arange(0, ROWS)
+    # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
+    inside = column[None, :] < dim
+    at = local[:, None] * (2 * dim) + column[None, :]
+    grad_at = local[:, None] * dim + column[None, :]
+    out_at = local[:, None] * out_stride + column[None, :]
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        there = (row[:, None] < rows) & (column[None, :] < dim)
-        at = row[:, None] * (2 * dim) + column[None, :]
-        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
-        up = tl.load(gate_up + at + dim, there, 0.0).to(tl.float32)
-        slope = tl.load(grad + row[:, None] * dim + column[None, :], there, 0.0).to(tl.float32)
+        first = tl.cast(start, tl.int64)
+        left = rows - start
+        there = (local[:, None] < left) & inside
+        tile, out_tile = gate_up + first * (2 * dim), out + first * out_stride
+        gate = tl.load(tile + at, there, 0.0).to(tl.float32)
+        up = tl.load(tile + dim + at, there, 0.0).to(tl.float32)
+        slope = tl.load(grad + first * dim + grad_at, there, 0.0).to(tl.float32)
         gelu, gelu_slope = _gelu(gate)
         gate_grad = (slope * up * gelu_slope).to(element)
         up_grad = (slope * gelu).to(element)
-        target = out + row[:, None] * out_stride + column[None, :]
-        tl.store(target, gate_grad, there)
-        tl.store(target + dim, up_grad, there)
+        tl.store(out_tile + out_at, gate_grad, there)
+        tl.store(out_tile + dim + out_at, up_grad, there)
         if R > 0:
-            known = (row[None, :] < rows) & (rank[:, None] < R)
-            hidden = tl.load(inner + row[None, :] * R + rank[:, None], known, 0.0)
+            known = (local[None, :] < left) & (rank[:, None] < R)
+            hidden = tl.load(inner + first * R + local[None, :] * R + rank[:, None], known, 0.0)
             gate_sum += tl.dot(hidden, gate_grad)
             up_sum += tl.dot(hidden, up_grad)
         if S > 0:
-            known = (row[None, :] < rows) & (last_rank[:, None] < S)
-            hidden = tl.load(inner_grad + row[None, :] * S + last_rank[:, None], known, 0.0)
+            known = (local[None, :] < left) & (last_rank[:, None] < S)
+            hidden = tl.load(inner_grad + first * S + local[None, :] * S + last_rank[:, None], known, 0.0)
             down_sum += tl.dot(hidden, (gelu * up).to(element))
     if R > 0:
         at = (split * R + rank[:, None]).to(tl.int64) * (2 * dim) + column[None, :]
@@ -224,11 +247,33 @@ def _geglu_backward(  # type: ignore[no-untyped-def]
         tl.store(before + at, down_sum, (last_rank[:, None] < S) & (column[None, :] < dim))
 
 
-@triton.jit  # type: ignore[misc]
-def _rotate(  # type: ignore[no-untyped-def]
-    packed, cos, sin, query, key, value, offset, query_offset, length, cos_batch, cos_token,
-    query_batch, query_token, query_head, key_batch, key_token, key_head, value_batch, value_token, value_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
+@triton.jit
+def _rotate(
+    packed,
+    cos,
+    sin,
+    query,
+    key,
+    value,
+    offset,
+    query_offset,
+    length,
+    cos_batch,
+    cos_token,
+    query_batch,
+    query_token,
+    query_head,
+    key_batch,
+    key_token,
+    key_head,
+    value_batch,
+    value_token,
+    value_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):
     """One program: all heads of one token."""
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -246,7 +291,9 @@ def _rotate(  # type: ignore[no-untyped-def]
         elif head < HEADS + KV_HEADS:
             whole = key + batch * key_batch + (token + offset) * key_token + (head - HEADS) * key_head
         else:
-            whole = value + batch * value_batch + (token + offset) * value_token + (head - HEADS - KV_HEADS) * value_head
+            whole = (
+                value + batch * value_batch + (token + offset) * value_token + (head - HEADS - KV_HEADS) * value_head
+            )
         own = part + head * 2 * HALF
         if INVERSE:
             source, target = whole, own
@@ -260,5 +307,3 @@ def _rotate(  # type: ignore[no-untyped-def]
             first = turned
         tl.store(target + at, first.to(target.dtype.element_ty), inside)
         tl.store(target + HALF + at, second.to(target.dtype.element_ty), inside)
-
-

@@ -1,4 +1,4 @@
-"""Both towers of a pi0 or pi0.5 in one pass, layer by layer, each attending to the other's tokens: the training forward.
+"""Both towers of a pi0 or pi0.5 in one pass, layer by layer, attending to each other's tokens: the training forward.
 
 What it does not do, against `PaliGemmaWithExpertModel.forward`: build the rotary angles and a dummy tensor in every
 layer, copy residuals, checkpoint what is checkpointed again inside, and compute what cannot reach the loss.
@@ -56,7 +56,7 @@ class Plan:
 
 @functools.cache
 def plan(settings: Settings, device: torch.device) -> Plan:
-    """What the settings come to on this device. What is "auto" there needs bfloat16 on a GPU, and Triton for `fused`."""
+    """What the settings come to on this device: "auto" is on for GPUs with bfloat16, given Triton where it is needed."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = Plan(
         sdpa=gpu if settings.attention == "auto" else settings.attention == "sdpa",
@@ -111,7 +111,13 @@ class _Layer:
     """One layer of each tower."""
 
     def __init__(
-        self, pair: Sequence[Any], conds: Sequence[Tensor | None], attention: _Eager | _Fused, *, fused: bool, prune: bool
+        self,
+        pair: Sequence[Any],
+        conds: Sequence[Tensor | None],
+        attention: _Eager | _Fused,
+        *,
+        fused: bool,
+        prune: bool,
     ) -> None:
         self.pair, self.conds, self.attention, self.fused, self.prune = pair, conds, attention, fused, prune
 
@@ -220,38 +226,42 @@ class _Fused:
         heads = _heads(first, packed[0].shape[-1] // first.head_dim)
         parts = [part.unflatten(-1, (-1, first.head_dim)) for part in packed]
         apart = self.whole > 0
-        *queries, key, value = kernels.JoinRotated.apply(  # type: ignore[no-untyped-call]
+        *queries, key, value = kernels.JoinRotated.apply(
             *self.rotary, heads[0], self.added, apart, *parts
         )
         if apart:
-            prefix = None if prune else _all_heads_at_once(queries[0], key[:, : self.whole], value[:, : self.whole])
-            return prefix, _all_heads_at_once(queries[1], key, value, self.mask)
+            suffix = _all_heads_at_once(queries[1], key, value, self.mask)
+            if prune:
+                return None, suffix
+            # Split, not sliced: the gradient of a split is one copy.
+            lengths = [self.whole, key.shape[1] - self.whole]
+            key, value = (tensor.split(lengths, dim=1)[0] for tensor in (key, value))
+            return _scaled_dot_product(queries[0], key, value), suffix
         lengths = [part.shape[1] for part in packed]
         start = lengths[0] if prune else 0
-        query, key, value = (tensor.transpose(1, 2) for tensor in (queries[0], key, value))
-        # Heads that share keys and values read the same memory.
-        key, value = (
-            tensor.unsqueeze(2).expand(-1, -1, heads[0] // heads[1], -1, -1).flatten(1, 2) for tensor in (key, value)
-        )
-        output = _attend(query[:, :, start:], key, value, self.mask[:, :, start:])
-        output = output.transpose(1, 2).flatten(2)
+        output = _scaled_dot_product(queries[0][:, start:], key, value, self.mask[:, :, start:])
         prefix, suffix, _ = output.split([lengths[0] - start, lengths[1], self.added], dim=1)
         return None if prune else prefix, suffix
 
 
-def _all_heads_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention where all heads share one key and value: the heads of a token are so many more queries.
+def _all_heads_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The same for few queries, where all heads share one key and value: heads count as so many more queries.
 
-    `query` (batch, queries, heads, head_dim), `key` and `value` (batch, keys, 1, head_dim), `mask` (batch, 1,
-    queries * heads, keys) to (batch, queries, heads * head_dim).
+    `mask` (batch, 1, queries * heads, keys).
     """
-    output = _attend(query.flatten(1, 2)[:, None], key.transpose(1, 2), value.transpose(1, 2), mask)
-    return output[:, 0].unflatten(1, query.shape[1:3]).flatten(2)
+    output = _scaled_dot_product(query.flatten(1, 2).unsqueeze(2), key, value, mask)
+    return output.unflatten(1, query.shape[1:3]).flatten(2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`query` (batch, queries, heads, head_dim), keys and values with as many heads or fewer; the result's are flat."""
+    groups = query.shape[2] // key.shape[2]
+    # Heads that share keys and values read the same memory.
+    key, value = (tensor.unsqueeze(3).expand(-1, -1, -1, groups, -1).flatten(2, 3) for tensor in (key, value))
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     with sdpa_kernel(_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, mask)
+        output = F.scaled_dot_product_attention(query, key, value, mask)
+    return output.transpose(1, 2).flatten(2)
 
 
 def _heads(attention: Any, packed: int) -> list[int]:

@@ -24,7 +24,7 @@ def features(model: Any, image: Tensor) -> Tensor:
     global _failed
     if not _failed:
         try:
-            return _compiled()(model, image)  # type: ignore[no-any-return]
+            return _compiled()(model, image)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -34,7 +34,7 @@ def features(model: Any, image: Tensor) -> Tensor:
 
 
 def _features(model: Any, image: Tensor) -> Tensor:
-    return model.get_image_features(image)  # type: ignore[no-any-return]
+    return model.get_image_features(image)
 
 
 @functools.cache

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..models import joint, vision
 from ..replace import replace
@@ -24,14 +26,18 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     if settings.joint:
         model, towers = module.PI0Pytorch, module.PaliGemmaWithExpertModel
         replace(undo, model, "embed_prefix", _trimming(model.embed_prefix, settings))
+        replace(undo, model, "embed_suffix", _queued(model.embed_suffix))
         replace(undo, model, "_apply_checkpoint", _once(model._apply_checkpoint))
         replace(undo, towers, "embed_image", _compiled(towers.embed_image, settings))
         replace(undo, towers, "forward", _jointly(towers.forward, settings))
 
 
 def enable(model: Any) -> None:
-    """Have this `PI0Pytorch` train the fast way."""
-    model.trains_fast = model.paligemma_with_expert.trains_fast = True
+    """Have this `PI0Pytorch`, whose parameters are frozen or not by now, train the fast way."""
+    towers = model.paligemma_with_expert
+    vision = towers.paligemma.model.vision_tower, towers.paligemma.model.multi_modal_projector
+    towers.trains_vision = any(parameter.requires_grad for part in vision for parameter in part.parameters())
+    model.trains_fast = towers.trains_fast = True
 
 
 def _fast(module: Any) -> bool:
@@ -44,9 +50,48 @@ def _trimming(original: Any, settings: Settings) -> Any:
         if _fast(self) and self.training and joint.plan(settings, lang_tokens.device).trim:
             (images, img_masks, lang_tokens, lang_masks), whole = trimmed(images, img_masks, lang_tokens, lang_masks)
             self.paligemma_with_expert.whole_prefix = whole
+            return _embedded(self, images, img_masks, lang_tokens, lang_masks)
         return original(self, images, img_masks, lang_tokens, lang_masks)
 
     return embed_prefix
+
+
+def _embedded(
+    model: Any, images: Sequence[Tensor], masks: Sequence[Tensor], tokens: Tensor, token_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `embed_prefix` returns: the prefix (batch, length, width), which of it is there, and zeros: one block.
+
+    Unlike openpi's, it makes nothing on the CPU, and so does not wait for the vision tower to finish.
+    """
+    towers = model.paligemma_with_expert
+    parts = [model._apply_checkpoint(towers.embed_image, image) for image in images]
+    pads = [mask[:, None].expand(-1, part.shape[1]) for mask, part in zip(masks, parts, strict=True)]
+    language = towers.embed_language_tokens(tokens)
+    prefix = torch.cat([*parts, language * math.sqrt(language.shape[-1])], dim=1)
+    pad = torch.cat([*pads, token_mask], dim=1)
+    return prefix, pad, torch.zeros_like(pad)
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """`torch.tensor(list, device=gpu)` from pinned memory: the copy is queued, where openpi's waits for the GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            device = kwargs["device"]
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).pin_memory().to(device, non_blocking=True)
+        return func(*args, **kwargs)
+
+
+def _queued(original: Any) -> Any:
+    @functools.wraps(original)
+    def embed_suffix(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (_fast(self) and self.training):
+            return original(self, *args, **kwargs)
+        with _WithoutWaiting():
+            return original(self, *args, **kwargs)
+
+    return embed_suffix
 
 
 def trimmed(
@@ -89,12 +134,10 @@ def _once(original: Any) -> Any:
 def _compiled(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_image(self: Any, image: Tensor) -> Tensor:
-        model = self.paligemma.model
-        parts = model.vision_tower, model.multi_modal_projector
-        frozen = not any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        if _fast(self) and self.training and frozen and joint.plan(settings, image.device).compile:
+        compiled = _fast(self) and self.training and not self.trains_vision
+        if compiled and joint.plan(settings, image.device).compile:
             with torch.no_grad():
-                return vision.features(model, image)
+                return vision.features(self.paligemma.model, image)
         return original(self, image)
 
     return embed_image
@@ -112,9 +155,7 @@ def _jointly(original: Any, settings: Settings) -> Any:
         adarms_cond: Any = None,
     ) -> Any:
         if not _fast(self) or any(part is None for part in inputs_embeds):
-            return original(
-                self, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, adarms_cond
-            )
+            return original(self, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, adarms_cond)
         chosen = joint.plan(settings, inputs_embeds[0].device)
         conds = adarms_cond or (None, None)
         whole_prefix = vars(self).pop("whole_prefix", False)
