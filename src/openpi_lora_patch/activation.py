@@ -23,6 +23,7 @@ PATCHES = {
     "transformers.models.paligemma.modeling_paligemma": "paligemma",
     "openpi.models.gemma": "openpi_variants",
     "openpi.models_pytorch.pi0_pytorch": "openpi",
+    "openpi.policies.policy": "openpi_policy",
     "openpi.training.config": "openpi_configs",
     "lerobot.policies.pi0.modeling_pi0": "lerobot",
     "lerobot.policies.pi05.modeling_pi05": "lerobot",

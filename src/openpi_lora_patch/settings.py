@@ -32,6 +32,13 @@ def _dropout(text: str) -> float:
     return value
 
 
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    parted = [part.partition("=") for part in text.split(",") if part]
+    if not all(name and folder for name, _, folder in parted):
+        raise ValueError(text)
+    return tuple((name, folder) for name, _, folder in parted)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the user asked for.
@@ -53,6 +60,8 @@ class Settings:
             (`OPENPI_LORA_SAVE`).
         base: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the model has
             already (`OPENPI_LORA_BASE`).
+        adapters: names and folders of the adapters that a request to openpi's `serve_policy.py` can choose from
+            (`OPENPI_LORA_ADAPTERS`, "name=folder,name=folder").
     """
 
     allow_untested: bool = False
@@ -67,6 +76,7 @@ class Settings:
     checkpoint: str = "auto"
     save: str = "model"
     base: str = ""
+    adapters: tuple[tuple[str, str], ...] = ()
 
 
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -82,6 +92,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
     "base": (str, "the path of a checkpoint"),
+    "adapters": (_pairs, "name=folder, with commas between"),
 }
 
 
