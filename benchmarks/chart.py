@@ -1,4 +1,4 @@
-"""Draw the bar chart of the README from the rows that `train.py` wrote: `python benchmarks/chart.py ROWS.json OUT.png`."""
+"""Draw the README's bar chart from rows that `train.py` wrote: `python benchmarks/chart.py ROWS.json OUT.png`."""
 
 from __future__ import annotations
 
