@@ -42,6 +42,8 @@ request = {{
     "tokenized_prompt": np.zeros(model.max_token_len, np.int32),
     "tokenized_prompt_mask": np.ones(model.max_token_len, bool),
 }}
+if len(sys.argv) > 2:
+    request["adapter"] = sys.argv[2]
 noise = np.zeros((model.action_horizon, model.action_dim), np.float32)
 print("actions", policy.infer(request, noise=noise)["actions"].tobytes().hex())
 """
@@ -104,3 +106,9 @@ safetensors.torch.save_model(model, {str(whole / "model.safetensors")!r})
     done = run("-c", script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert run("-c", _SERVE, whole, folder=tmp_path).stdout == served.stdout
+
+    # On another adapter's server, a request that names this one gets its actions.
+    choice = {"OPENPI_LORA_ADAPTERS": f"trained={checkpoints['adapter']}"}
+    start = (_SERVE, checkpoints["whole"])
+    assert run("-c", *start, "trained", folder=tmp_path, **choice).stdout == served.stdout
+    assert "no adapter of this name" in run("-c", *start, "other", folder=tmp_path, **choice).stderr

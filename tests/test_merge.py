@@ -1,7 +1,12 @@
 """Merging: a plain checkpoint with the adapted model's outputs, and honest figures for what rounding costs."""
 
+import itertools
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -104,6 +109,37 @@ def test_no_space_and_no_permission_are_errors_that_leave_nothing(folders, monke
     with pytest.raises(CheckpointError, match="not yours"):
         merging.merge(base, adapter, out)
     assert sorted(p.name for p in out.parent.iterdir()) == ["adapter", "base"]
+
+
+def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
+    names = [f"l{number}" for number in range(20)]
+    save_file({f"{name}.weight": torch.ones(128, 128) for name in names}, tmp_path / "base.safetensors")
+    shapes = {"A": (4, 128), "B": (128, 4)}
+    tensors = {f"base_model.model.{n}.lora_{m}.weight": torch.ones(shape) for n in names for m, shape in shapes.items()}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    adapters.write_adapter(adapters.Adapter(config, tensors, {}), tmp_path / "adapter")
+    generator = random.Random(1)
+    whole = midway = 0
+    for run in range(200):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        child = os.fork()
+        if child == 0:
+            for number in itertools.count():
+                merging.merge(tmp_path / "base.safetensors", tmp_path / "adapter", folder / str(number))
+        time.sleep(generator.uniform(0.005, 0.06))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        for path in folder.iterdir():
+            if path.name.startswith("."):
+                midway += 1
+                continue
+            whole += 1
+            merged = load_file(path / "model.safetensors")
+            assert len(merged) == len(names)
+            assert all((tensor == 5).all() for tensor in merged.values())
+    assert midway > 20, "the kills came too late or too early to show anything"
+    assert whole > 5
 
 
 def test_the_command(folders, capsys):
