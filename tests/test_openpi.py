@@ -37,6 +37,7 @@ from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.patches import paligemma
 from openpi_lora_patch.reference import CAMERAS, Reference
+from openpi_lora_patch.verify import _fake_observation
 from test_pi0 import COUNTS
 
 SCRIPTS = Path(openpi.__file__).parents[2] / "scripts"
@@ -91,8 +92,9 @@ def test_a_stray_thaw_is_caught_in_openpis_own_forward():
     config = training.get_config(CONFIG).model
     model = PI0Pytorch(config).train()
     model.requires_grad_(True)
+    observation = type(config.fake_obs(1)).from_dict(_fake_observation(config))
     with pytest.raises(FrozenParametersError, match="thawed"):
-        model(config.fake_obs(1), torch.zeros(1, config.action_horizon, config.action_dim))
+        model(observation, torch.zeros(2, config.action_horizon, config.action_dim))
 
 
 def test_the_serving_cast_keeps_adapters_float32():
