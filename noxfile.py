@@ -8,7 +8,7 @@
 The interpreter that runs nox needs nothing else.
 """
 
-import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +19,8 @@ nox.options.sessions = ["edges"]
 # The first releases of the eras in which what we build on changed.
 EDGES = ["4.53.0", "4.54.0", "4.56.0", "4.57.1", "5.0.0", "5.2.0", "5.4.0", "5.6.0", "5.15.0", "5.21.0", "5.23.0"]
 BROKEN_ON = ["4.53.2", "4.57.6", "5.4.0", "5.16.1", "5.23.0"]
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+# Absolute: tests start processes in other folders.
+SOURCE = str(pathlib.Path(__file__).parent / "src")
 
 
 @nox.session(python=False)
@@ -43,4 +44,4 @@ def broken(session: nox.Session, broken: str, release: str) -> None:
 
 
 def _matrix(session: nox.Session, *arguments: str, success_codes: Sequence[int] = (0,)) -> None:
-    session.run(sys.executable, "tests/matrix.py", *arguments, env=ENVIRONMENT, success_codes=success_codes)
+    session.run(sys.executable, "tests/matrix.py", *arguments, env={"PYTHONPATH": SOURCE}, success_codes=success_codes)
