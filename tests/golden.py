@@ -4,12 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from openpi_lora_patch.reference import distance
+from openpi_lora_patch.reference import Reference, distance
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-6
 DISTANCES: list[float] = []  # Every float32 distance of this run.
+
+
+def whole_model(name: str) -> Reference:
+    """A `pi0_*` or `pi05_*` file, with the outputs of openpi's code on this torch where its bfloat16 kernels differ."""
+    data = Reference(GOLDEN / f"{name}.safetensors")
+    here = GOLDEN / f"torch-{torch.__version__.partition('+')[0]}" / f"{name}.safetensors"
+    data.outputs |= load_file(here) if here.exists() else {}
+    return data
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from golden import GOLDEN, assert_same
+from golden import GOLDEN, assert_same, whole_model
 from openpi_lora_patch import FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts, apply_lora
 from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers
@@ -26,7 +26,7 @@ def adapters(*towers, rank=None):
 
 @pytest.fixture(params=["pi0_float32", "pi0_bfloat16", "pi05_float32", "pi05_bfloat16"])
 def data(request):
-    return Reference(GOLDEN / f"{request.param}.safetensors")
+    return whole_model(request.param)
 
 
 @pytest.fixture
