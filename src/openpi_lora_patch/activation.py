@@ -12,7 +12,7 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from . import compat, hooks
+from . import hooks
 from . import settings as _settings
 from .errors import ActivationError, SettingsError
 from .settings import Settings
@@ -128,6 +128,8 @@ def status() -> Status:
 
 def _patch(active: _Active, patch: str, module: ModuleType) -> None:
     if module.__name__.startswith("transformers."):
+        from . import compat
+
         compat.check(module, allow_untested=active.settings.allow_untested)
     with contextlib.ExitStack() as undo:
         importlib.import_module(f".patches.{patch}", __package__).patch(module, active.settings, undo)

@@ -40,9 +40,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 def geglu(gate_up: Tensor, out: Tensor) -> None:
     rows, dim = out.shape
     block = min(1024, triton.next_power_of_2(dim))
-    _geglu[(rows, triton.cdiv(dim, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4
-    )
+    _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4)
 
 
 def geglu_backward(
@@ -144,9 +142,7 @@ def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOC
 
 
 @triton.jit
-def _rms_norm_backward(
-    grad, x, weight, out, grad_stride, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rms_norm_backward(grad, x, weight, out, grad_stride, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM

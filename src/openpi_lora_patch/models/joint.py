@@ -56,7 +56,7 @@ class Plan:
 
 @functools.cache
 def plan(settings: Settings, device: torch.device) -> Plan:
-    """What the settings come to on this device: "auto" is on for GPUs with bfloat16, given Triton where it is needed."""
+    """What the settings come to on this device: "auto" is on for GPUs with bfloat16, and Triton where needed."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = Plan(
         sdpa=gpu if settings.attention == "auto" else settings.attention == "sdpa",
@@ -102,9 +102,7 @@ def forward(
         layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and index == len(pairs) - 1)
         # The first layers are the ones to recompute: by then the backward pass has freed what the others kept.
         hidden = layer(hidden, keep=index >= recomputed)
-    return [
-        None if x is None else model.norm(x, cond)[0] for model, x, cond in zip(models, hidden, conds, strict=True)
-    ]
+    return [None if x is None else model.norm(x, cond)[0] for model, x, cond in zip(models, hidden, conds, strict=True)]
 
 
 class _Layer:
@@ -226,9 +224,7 @@ class _Fused:
         heads = _heads(first, packed[0].shape[-1] // first.head_dim)
         parts = [part.unflatten(-1, (-1, first.head_dim)) for part in packed]
         apart = self.whole > 0
-        *queries, key, value = kernels.JoinRotated.apply(
-            *self.rotary, heads[0], self.added, apart, *parts
-        )
+        *queries, key, value = kernels.JoinRotated.apply(*self.rotary, heads[0], self.added, apart, *parts)
         if apart:
             suffix = _all_heads_at_once(queries[1], key, value, self.mask)
             if prune:

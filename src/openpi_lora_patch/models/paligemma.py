@@ -44,3 +44,4 @@ def convert(paligemma: Any) -> None:
     model.__class__ = PaliGemmaModel
     model.vision_tower = siglip.convert(model.vision_tower)
     gemma.convert(model.language_model)
+    paligemma.tie_weights()  # 5.0.0 leaves it out on the meta device.
