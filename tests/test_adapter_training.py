@@ -86,7 +86,7 @@ def test_train_resume_and_serve_with_adapters_only(tmp_path):
     lost = run("-c", _SERVE, checkpoints["adapter"], folder=tmp_path)
     assert "another base" in lost.stderr
     assert lost.returncode != 0
-    served = run("-c", _SERVE, checkpoints["adapter"], folder=tmp_path, OPENPI_LORA_BASE=str(base.parent))
+    served = run("-c", _SERVE, checkpoints["adapter"], folder=tmp_path, OPENPI_LORA_BASE_WEIGHTS=str(base.parent))
     assert served.stdout.startswith("actions "), served.stderr
 
     # The same checkpoint as a whole model gives the same actions.

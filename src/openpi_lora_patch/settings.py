@@ -58,8 +58,8 @@ class Settings:
             free allows (`OPENPI_LORA_CHECKPOINT`).
         save: what openpi's `train_pytorch.py` saves: the whole model, or the adapter and whatever else trains
             (`OPENPI_LORA_SAVE`).
-        base: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the model has
-            already (`OPENPI_LORA_BASE`).
+        base_weights: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the model has
+            already (`OPENPI_LORA_BASE_WEIGHTS`).
         adapters: names and folders of the adapters that a request to openpi's `serve_policy.py` can choose from
             (`OPENPI_LORA_ADAPTERS`, "name=folder,name=folder").
     """
@@ -75,7 +75,7 @@ class Settings:
     compile: str = "auto"
     checkpoint: str = "auto"
     save: str = "model"
-    base: str = ""
+    base_weights: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
 
 
@@ -91,7 +91,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "compile": _choice("auto", "0", "1"),
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
-    "base": (str, "the path of a checkpoint"),
+    "base_weights": (str, "the path of a checkpoint"),
     "adapters": (_pairs, "name=folder, with commas between"),
 }
 

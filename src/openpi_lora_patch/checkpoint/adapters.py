@@ -227,7 +227,7 @@ def fitting(
                 "The adapter was trained on another base.",
                 found=f"base weights with fingerprint {found}",
                 expected=wanted,
-                fix="load the base checkpoint that it was trained on first (OPENPI_LORA_BASE for openpi's scripts)",
+                fix="load the base checkpoint that it was trained on first (OPENPI_LORA_BASE_WEIGHTS for openpi's scripts)",
             )
     return adapter
 

@@ -84,7 +84,7 @@ def _file(path: pathlib.Path) -> Description:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if adapters.METADATA in shapes:
         found = _adapter(adapters.read_training_file(path))
-        needs = "OPENPI_LORA_BASE, with openpi's scripts; convert training makes an adapter folder of it"
+        needs = "OPENPI_LORA_BASE_WEIGHTS, with openpi's scripts; convert training makes an adapter folder of it"
         return dataclasses.replace(found, kind="training checkpoint with adapters only", needs=needs)
     facts = {"tensors": str(len(shapes)), "values": f"{_count(shapes.values()):,}"}
     deltas: dict[str, tuple[int, float | None]] = {

@@ -46,7 +46,7 @@ def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
             openpi_fast.enable(self)
-            load_adapters_through(self, settings.base)
+            load_adapters_through(self, settings.base_weights)
             if settings.save == "adapter":
                 save_adapters_only(self)
 
