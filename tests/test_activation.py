@@ -146,6 +146,7 @@ import openpi_lora_patch
 def test_deactivate_restores_every_object(child):
     code = f"""
 import sys
+import importlib_metadata  # The guard reads versions with it; it adds a finder of its own, for good.
 import openpi_lora_patch
 openpi_lora_patch.deactivate()
 from transformers.models.gemma import modeling_gemma

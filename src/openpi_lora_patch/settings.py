@@ -58,8 +58,8 @@ class Settings:
             free allows (`OPENPI_LORA_CHECKPOINT`).
         save: what openpi's `train_pytorch.py` saves: the whole model, or the adapter and whatever else trains
             (`OPENPI_LORA_SAVE`).
-        base_weights: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the model has
-            already (`OPENPI_LORA_BASE_WEIGHTS`).
+        base_weights: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the
+            model has already (`OPENPI_LORA_BASE_WEIGHTS`).
         adapters: names and folders of the adapters that a request to openpi's `serve_policy.py` can choose from
             (`OPENPI_LORA_ADAPTERS`, "name=folder,name=folder").
     """

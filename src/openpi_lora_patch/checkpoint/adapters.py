@@ -227,7 +227,7 @@ def fitting(
                 "The adapter was trained on another base.",
                 found=f"base weights with fingerprint {found}",
                 expected=wanted,
-                fix="load the base checkpoint that it was trained on first (OPENPI_LORA_BASE_WEIGHTS for openpi's scripts)",
+                fix="first load the base checkpoint that it was trained on (OPENPI_LORA_BASE_WEIGHTS in serving)",
             )
     return adapter
 
