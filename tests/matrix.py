@@ -5,8 +5,8 @@
     python tests/matrix.py --python 3.13 --torch 2.13.0 5.23.0
 
 Each release gets an environment of its own under `.matrix/`, all share one torch. A release on which every test passes
-enters `tested_releases.json` with its fingerprints; for one that fails, the functions that changed since the nearest
-tested release are named. It can be interrupted and started again. Afterwards the README's table is written anew.
+enters `tested_releases.json` with its fingerprints; for one that is new, or fails, the functions that changed since the
+nearest tested release are named. It can be interrupted and started again. Afterwards the README's table is written anew.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def main() -> int:
         environment = own_environment(release, shared)
         report = run_tests(environment, options.broken)
         report |= {"python": options.python, "torch": options.torch}
-        if report["failed"] == 0 and report["passed"] and not options.broken:
+        known, passed = release in compat.table()["runs"], report["passed"] and not report["failed"]
+        if passed and not options.broken:
             record(release, report, package(environment))
         rows.append(f"{release:8} {_outcome(report)} {time.monotonic() - begin:5.0f} s")
         print(rows[-1], flush=True)
-        if report["failed"] or not report["passed"]:
+        if not (known and passed):
             print(drift(release, package(environment)), flush=True)
     if not options.broken:
         write_readme()
