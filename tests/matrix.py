@@ -6,7 +6,7 @@
 
 Each release gets an environment of its own under `.matrix/`, all share one torch. A release on which every test passes
 enters `tested_releases.json` with its fingerprints; for one that is new, or fails, the functions that changed since the
-nearest tested release are named. It can be interrupted and started again. Afterwards the README's table is written anew.
+nearest tested release are named. It can be interrupted and started again; at the end the README shows the new table.
 """
 
 from __future__ import annotations
