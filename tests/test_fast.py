@@ -9,7 +9,7 @@ import torch
 
 import golden
 from openpi_lora_patch.apply import apply_lora
-from openpi_lora_patch.lora import LoRAConfig, lora_layers
+from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.models import joint
 from openpi_lora_patch.patches import openpi_fast
@@ -164,3 +164,26 @@ def test_a_trained_model_can_be_copied():
     openpi_fast.enable(model)
     assert copy.deepcopy(model).paligemma_with_expert.trains_fast
     run(copy.deepcopy(model), inputs, PLAIN)
+
+
+def test_vision_that_a_later_preset_trains_is_not_compiled_away(monkeypatch):
+    model, _ = adapted("pi0")
+    openpi_fast.enable(model)
+    monkeypatch.setattr(openpi_fast.vision, "features", lambda *_: "compiled, without a gradient")
+    embed_image = openpi_fast._compiled(lambda *_: "openpi's", Settings(compile="1"))
+    towers, image = model.paligemma_with_expert, torch.zeros(1)
+    assert embed_image(towers, image) == "compiled, without a gradient"
+    freeze(model, "jax")
+    assert embed_image(towers, image) == "openpi's"
+
+
+def test_a_forward_that_broke_off_leaves_nothing_to_the_next(monkeypatch):
+    model, inputs = adapted("pi0")
+    openpi_fast.enable(model)
+    embed_prefix = openpi_fast._trimming(lambda *_: None, Settings(trim="1"))
+    monkeypatch.setattr(openpi_fast, "_embedded", lambda *_: None)
+    here, tokens = torch.ones(2, dtype=torch.bool), inputs["tokenized_prompt"]
+    embed_prefix(model.train(), [tokens], [here], tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert model.paligemma_with_expert.whole_prefix
+    embed_prefix(model.eval(), [tokens], [here], tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    assert not hasattr(model.paligemma_with_expert, "whole_prefix")

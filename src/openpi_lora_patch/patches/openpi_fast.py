@@ -33,11 +33,8 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 
 
 def enable(model: Any) -> None:
-    """Have this `PI0Pytorch`, whose parameters are frozen or not by now, train the fast way."""
-    towers = model.paligemma_with_expert
-    vision = towers.paligemma.model.vision_tower, towers.paligemma.model.multi_modal_projector
-    towers.trains_vision = any(parameter.requires_grad for part in vision for parameter in part.parameters())
-    model.trains_fast = towers.trains_fast = True
+    """Have this `PI0Pytorch` train the fast way."""
+    model.trains_fast = model.paligemma_with_expert.trains_fast = True
 
 
 def _fast(module: Any) -> bool:
@@ -47,6 +44,7 @@ def _fast(module: Any) -> bool:
 def _trimming(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_prefix(self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor) -> Any:
+        vars(self.paligemma_with_expert).pop("whole_prefix", None)  # Of a forward that did not come to its end.
         if _fast(self) and self.training and joint.plan(settings, lang_tokens.device).trim:
             (images, img_masks, lang_tokens, lang_masks), whole = trimmed(images, img_masks, lang_tokens, lang_masks)
             self.paligemma_with_expert.whole_prefix = whole
@@ -134,13 +132,19 @@ def _once(original: Any) -> Any:
 def _compiled(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_image(self: Any, image: Tensor) -> Tensor:
-        compiled = _fast(self) and self.training and not self.trains_vision
+        compiled = _fast(self) and self.training and not _trains_vision(self)
         if compiled and joint.plan(settings, image.device).compile:
             with torch.no_grad():
                 return vision.features(self.paligemma.model, image)
         return original(self, image)
 
     return embed_image
+
+
+def _trains_vision(towers: Any) -> bool:
+    # A preset freezes all of a part or nothing of it, and is held to that: one parameter tells of the rest.
+    model = towers.paligemma.model
+    return any(next(part.parameters()).requires_grad for part in (model.vision_tower, model.multi_modal_projector))
 
 
 def _jointly(original: Any, settings: Settings) -> Any:
