@@ -22,7 +22,7 @@ import matrix
 _LEROBOT = (
     "accelerate>=1.10,<2", "av>=15,<16", "datasets>=4,<4.2", "deepdiff>=7,<9", "diffusers>=0.27.2,<0.36",
     "draccus==0.10.0", "einops", "huggingface-hub>=0.34.2,<0.36", "imageio", "numpy>=2", "packaging>=24.2,<26",
-    "pyserial",
+    "peft>=0.18,<1", "pyserial",
 )  # fmt: skip
 
 

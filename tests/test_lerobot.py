@@ -11,6 +11,7 @@ import openpi_lora_patch
 from golden import GOLDEN, assert_same
 from openpi_lora_patch import CheckpointError, FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts
+from openpi_lora_patch.checkpoint.adapters import load_adapter, save_adapter
 from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.reference import Reference
 
@@ -385,6 +386,44 @@ def test_a_missing_file_is_refused(full_precision, tmp_path):
     with pytest.raises(CheckpointError, match="no weights were found there"):
         full_precision.Policy.from_pretrained(tmp_path, config=full_precision.config(**LORA))
     assert full_precision.Policy.from_pretrained(tmp_path, config=full_precision.config())  # As lerobot has it.
+
+
+def tuned(client, policy):
+    """`policy` on the reference weights."""
+    policy.model.load_state_dict(client.data.state)
+    return policy.eval()
+
+
+def test_peft_puts_what_we_save_onto_lerobots_stock_policy(full_precision, tmp_path):
+    library = pytest.importorskip("peft", reason="PEFT is not installed")
+    policy = tuned(full_precision, full_precision.policy(**LORA))
+    stir(policy)
+    save_adapter(policy, tmp_path / "whole")
+    save_adapter(policy.model, tmp_path / "model")
+    expected = actions(full_precision, policy)
+    theirs = tuned(full_precision, full_precision.policy())
+    assert not torch.allclose(actions(full_precision, theirs), expected, atol=1e-3)
+    wrapped = library.PeftModel.from_pretrained(theirs, tmp_path / "whole")
+    torch.testing.assert_close(actions(full_precision, wrapped.base_model.model), expected, rtol=1e-5, atol=2e-6)
+    inner = tuned(full_precision, full_precision.policy())
+    library.PeftModel.from_pretrained(inner.model, tmp_path / "model")
+    torch.testing.assert_close(actions(full_precision, inner), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_what_lerobot_trains_with_peft_loads_into_ours(full_precision, tmp_path):
+    library = pytest.importorskip("peft", reason="PEFT is not installed")
+    if not hasattr(full_precision.Policy, "wrap_with_peft"):
+        pytest.skip("this lerobot does not train with PEFT itself")
+    theirs = tuned(full_precision, full_precision.policy())
+    theirs.config.pretrained_path = tmp_path
+    config = library.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **theirs._get_default_peft_targets())
+    theirs.wrap_with_peft(config).save_pretrained(tmp_path / "adapter")
+    expected = actions(full_precision, theirs)
+    for part in ("policy", "model"):
+        ours = tuned(full_precision, full_precision.policy())
+        load_adapter(ours if part == "policy" else ours.model, tmp_path / "adapter")
+        assert {layer.config.rank for layer in lora_layers(ours).values()} == {3}
+        torch.testing.assert_close(actions(full_precision, ours), expected, rtol=1e-5, atol=2e-6)
 
 
 def test_deactivation_gives_lerobot_back(activated):

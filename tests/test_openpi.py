@@ -43,6 +43,7 @@ from test_pi0 import COUNTS
 SCRIPTS = Path(openpi.__file__).parents[2] / "scripts"
 NAMES = ("pi0_libero_lora_pytorch", "pi05_libero_lora_pytorch", "debug_lora_pytorch")
 CONFIG = "debug_lora_pytorch"
+OPENPIS_VARIANTS = variants.get_config
 
 
 def environment(**more):
@@ -75,9 +76,15 @@ def test_the_configs_are_in_openpis_list():
     assert len({config.name for config in training._CONFIGS}) == len(training._CONFIGS)
 
 
-def test_a_config_without_weights_fails_before_it_trains():
-    path = Path(training.get_config("pi0_libero_lora_pytorch").pytorch_weight_path)
-    assert not path.exists()
+def test_a_config_without_weights_fails_before_it_trains(tmp_path):
+    path = training.get_config("pi0_libero_lora_pytorch").pytorch_weight_path
+    arguments = (CONFIG, "--exp_name", "none", "--num_train_steps", "1", "--pytorch_weight_path", path)
+    log = tmp_path / "train.log"
+    with log.open("w") as out:
+        assert start("train_pytorch.py", *arguments, folder=tmp_path, log=out).wait(timeout=240) == 1
+    text = log.read_text()
+    assert f"No such file or directory: {path}/model.safetensors" in text
+    assert "Training:" not in text, "openpi shows its progress once it trains"
 
 
 def test_unknown_lora_kinds_are_refused(monkeypatch):
@@ -120,16 +127,20 @@ def test_openpis_own_model_gives_openpis_own_outputs(name, monkeypatch):
     assert_same(sampled, data.outputs["sample_actions"])
 
 
-def golden_model(data, monkeypatch):
-    """openpi's `PI0Pytorch` at the sizes, and with the weights, of a golden file."""
+def golden_model(data, monkeypatch, *, lora=False):
+    """openpi's `PI0Pytorch` at the sizes, and with the weights, of a golden file; adapters are those of openpi."""
     towers = {"gemma_2b": data.config["paligemma"]["text"], "gemma_300m": data.config["expert"]}
-    monkeypatch.setattr(variants, "get_config", lambda variant: tower(towers[variant]))
+    towers = {f"{name}_lora" if lora else name: config for name, config in towers.items()}
+    known = {name: OPENPIS_VARIANTS(name).lora_configs for name in towers}
+    monkeypatch.setattr(variants, "get_config", lambda name: tower(towers[name], known[name]))
     right = preprocessing.preprocess_observation_pytorch
     monkeypatch.setattr(preprocessing, "preprocess_observation_pytorch", lambda seen, train: right(seen, train=False))
     sizes = {key: data.config[key] for key in ("pi05", "dtype", "action_dim", "action_horizon", "max_token_len")}
+    paligemma_variant, action_expert_variant = towers
+    sizes |= {"paligemma_variant": paligemma_variant, "action_expert_variant": action_expert_variant}
     with paligemma.vision_config(**vision_sizes(data)):
         model = PI0Pytorch(Pi0Config(pytorch_compile_mode=None, **sizes))
-    expected = model.state_dict()
+    expected = {key.replace("base_layer.", ""): t for key, t in model.state_dict().items() if ".lora_" not in key}
     assert expected.keys() == data.state.keys()
     assert {key: t.dtype for key, t in expected.items()} == {key: t.dtype for key, t in data.state.items()}
     # openpi fixes the vocabulary at 257152 rows, of which the golden data has the first 128.
@@ -143,8 +154,9 @@ def vision_sizes(data):
     return {name: vision[name] for name in names}
 
 
-def tower(config):
+def tower(config, lora_configs):
     return variants.Config(
+        lora_configs=lora_configs,
         width=config["hidden_size"],
         depth=config["num_hidden_layers"],
         mlp_dim=config["intermediate_size"],
