@@ -24,8 +24,8 @@ from openpi_lora_patch.reference import FOLDER, Reference
 DATA = Reference(FOLDER / "pi0_float32.safetensors")
 
 
-def pi0(preset="default", *, rank=4, expert=True, seed=None):
-    model = DATA.pi0()
+def pi0(preset="default", *, rank=4, expert=True, seed=None, data=DATA):
+    model = data.pi0()
     paligemma = dict.fromkeys(ATTENTION + FFN, LoRAConfig(rank=rank, alpha=8.0))
     apply_lora(
         model,
@@ -164,11 +164,13 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
 
 def test_replacing_keeps_the_configuration(tmp_path):
     adapters.save_adapter(pi0(seed=0), tmp_path / "adapter")
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1, "readable for all or for none"
     second = pi0(seed=1)
     adapters.save_adapter(second, tmp_path / "adapter")
     fresh = pi0()
     adapters.load_adapter(fresh, tmp_path / "adapter")
     assert_equal(bits(fresh), bits(second))
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1, "readable for all or for none"
     with pytest.raises(CheckpointError, match="same configuration"):
         adapters.save_adapter(pi0(rank=8), tmp_path / "adapter")
     adapters.load_adapter(fresh, tmp_path / "adapter")

@@ -1,8 +1,10 @@
 """Merging: a plain checkpoint with the adapted model's outputs, and honest figures for what rounding costs."""
 
+import contextlib
 import itertools
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,11 +15,11 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from openpi_lora_patch import merge as command
-from openpi_lora_patch.checkpoint import adapters
+from openpi_lora_patch.checkpoint import actions, adapters
 from openpi_lora_patch.checkpoint import merge as merging
 from openpi_lora_patch.errors import CheckpointError
 from openpi_lora_patch.lora import lora_layers
-from openpi_lora_patch.reference import distance
+from openpi_lora_patch.reference import FOLDER, Reference, distance
 from test_adapters import DATA, loss, pi0
 
 
@@ -27,6 +29,7 @@ def folders(tmp_path):
     model = pi0(seed=0)
     (tmp_path / "base").mkdir()
     save_model(DATA.pi0(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner.
     adapters.save_adapter(model, tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter", tmp_path / "out", model
 
@@ -78,6 +81,50 @@ def test_a_small_change_that_bfloat16_loses_is_reported():
     assert cost.worst == pytest.approx(1e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["pi0_float32", "pi05_float32"])
+def test_the_effect_on_actions_is_that_of_sampling_three_models(tmp_path, name):
+    data = Reference(FOLDER / f"{name}.safetensors")
+    model = pi0(seed=0, data=data)
+    save_model(data.pi0(), tmp_path / "base.safetensors")
+    adapters.save_adapter(model, tmp_path / "adapter")
+    paths = tmp_path / "base.safetensors", tmp_path / "adapter"
+    for dtype in (torch.float32, torch.bfloat16):
+        merging.merge(*paths, tmp_path / str(dtype), dtype=dtype)
+    inputs = actions._inputs(model.config, "cpu", 0)
+    expected = model.sample_actions(*inputs)
+    rounded = data.pi0()
+    load_model(rounded, tmp_path / "torch.bfloat16" / "model.safetensors")
+    worst = (rounded.sample_actions(*inputs) - expected).abs().max().item()
+    alone = (data.pi0().sample_actions(*inputs) - expected).abs()
+
+    found = actions.effect(*paths, tmp_path / "torch.bfloat16")
+    assert found.worst == pytest.approx(worst, rel=0.01)
+    assert found.adapter_worst == pytest.approx(alone.max().item(), rel=1e-3)
+    assert found.adapter_mean == pytest.approx(alone.mean().item(), rel=1e-3)
+    assert 1e-5 < found.mean < found.worst < found.adapter_worst
+    assert actions.effect(*paths, tmp_path / "torch.float32").worst == 0.0
+
+
+def test_the_effect_on_actions_needs_a_pi0(tmp_path, capsys):
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "base.safetensors")
+    tensors = {f"base_model.model.a.lora_{m}.weight": torch.ones(4, 4) for m in "AB"}
+    adapters.write_adapter(
+        adapters.Adapter({"r": 4, "lora_alpha": 4, "peft_type": "LORA"}, tensors, {}), tmp_path / "a"
+    )
+    arguments = [str(tmp_path / "base.safetensors"), str(tmp_path / "a"), "--out", str(tmp_path / "out"), "--actions"]
+    assert command.main(arguments) == 1
+    assert "no pi0" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors")["a.weight"][0, 0] == 5
+
+
+def test_assets_come_along(folders):
+    base, adapter, out, _ = folders
+    (adapter / "assets" / "robot").mkdir(parents=True)
+    (adapter / "assets" / "robot" / "norm_stats.json").write_text("{}")
+    merging.merge(base, adapter, out)
+    assert (out / "assets" / "robot" / "norm_stats.json").read_text() == "{}"
+
+
 def test_the_wrong_base_is_refused_and_nothing_is_written(folders):
     base, adapter, out, _ = folders
     path = base / "model.safetensors"
@@ -94,21 +141,88 @@ def test_the_wrong_base_is_refused_and_nothing_is_written(folders):
     assert sorted(p.name for p in out.parent.iterdir()) == ["adapter", "base"]
 
 
-def test_no_space_and_no_permission_are_errors_that_leave_nothing(folders, monkeypatch):
+WRITERS = {
+    "merge": lambda base, adapter, out: merging.merge(base, adapter, out),
+    "save": lambda base, adapter, out: adapters.write_adapter(adapters.read_adapter(adapter), out),
+    "replace": lambda base, adapter, out: adapters.write_adapter(adapters.read_adapter(adapter), adapter),
+}
+
+
+@pytest.fixture
+def contents(folders):
+    """What is in the folders at the time of the call, file by file."""
+    root = folders[0].parent
+    return lambda: {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_missing_space_is_seen_before_anything_is_written(folders, contents, monkeypatch, writer):
+    before = contents()
+    usage = merging.files.shutil.disk_usage(folders[0])._replace(free=10)
+    monkeypatch.setattr(merging.files.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(adapters, "save_file", lambda *_: pytest.fail("written to a full disk"))
+    with pytest.raises(CheckpointError, match="no space"):
+        WRITERS[writer](*folders[:3])
+    assert contents() == before
+
+
+def fails_in_child(write, restrict):
+    """The message of the error that `write` ends with where `restrict` has run, in a process of its own."""
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        restrict()
+        try:
+            write()
+            message = "no error"
+        except CheckpointError as error:
+            message = str(error)
+        except BaseException as error:
+            message = repr(error)
+        os.write(start, message.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(start)
+    with os.fdopen(end) as pipe:
+        return pipe.read()
+
+
+def small_files_only():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_write_that_the_system_cuts_off_leaves_what_was_there(folders, contents, writer):
+    before = contents()
+    message = fails_in_child(lambda: WRITERS[writer](*folders[:3]), small_files_only)
+    assert "could not be written" in message
+    assert "File too large" in message
+    assert contents() == before
+
+
+@contextlib.contextmanager
+def modes(paths):
+    """Each path with a mode of its own, for a while."""
+    before = {path: path.stat().st_mode for path in paths}
+    for path, mode in paths.items():
+        path.chmod(mode)
+    yield
+    for path, mode in before.items():
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_no_permission_is_an_error_that_leaves_what_was_there(folders, contents, writer):
+    before = contents()
     base, adapter, out, _ = folders
-    with monkeypatch.context() as patched:
-        usage = merging.files.shutil.disk_usage(base)._replace(free=10)
-        patched.setattr(merging.files.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(CheckpointError, match="no space"):
-            merging.merge(base, adapter, out)
-
-    def refuse(*_, **__):
-        raise PermissionError("not yours")
-
-    monkeypatch.setattr(merging.files.tempfile, "mkdtemp", refuse)
-    with pytest.raises(CheckpointError, match="not yours"):
-        merging.merge(base, adapter, out)
-    assert sorted(p.name for p in out.parent.iterdir()) == ["adapter", "base"]
+    root = os.getuid() == 0  # Whom no mode stops, so that somebody else has to try, who has to get there.
+    private = [path for path in out.parents if root and path.stat().st_uid == 0 and not path.stat().st_mode & 1]
+    with modes(dict.fromkeys(private, 0o755) | {out.parent: 0o555, adapter: 0o555}):
+        message = fails_in_child(lambda: WRITERS[writer](base, adapter, out), lambda: root and os.setuid(65534))
+    assert "Permission denied" in message
+    assert "check space and rights" in message
+    assert contents() == before
 
 
 def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
@@ -118,6 +232,8 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
     tensors = {f"base_model.model.{n}.lora_{m}.weight": torch.ones(shape) for n in names for m, shape in shapes.items()}
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
     adapters.write_adapter(adapters.Adapter(config, tensors, {}), tmp_path / "adapter")
+    (tmp_path / "adapter" / "assets" / "robot").mkdir(parents=True)
+    (tmp_path / "adapter" / "assets" / "robot" / "norm_stats.json").write_text("{}" * 9999)
     generator = random.Random(1)
     whole = midway = 0
     for run in range(200):
@@ -138,6 +254,7 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
             merged = load_file(path / "model.safetensors")
             assert len(merged) == len(names)
             assert all((tensor == 5).all() for tensor in merged.values())
+            assert (path / "assets" / "robot" / "norm_stats.json").read_text() == "{}" * 9999
     assert midway > 20, "the kills came too late or too early to show anything"
     assert whole > 5
 

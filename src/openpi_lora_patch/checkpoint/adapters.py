@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -135,10 +136,14 @@ def write_adapter(adapter: Adapter, folder: files.Path) -> None:
     text = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
     metadata = {"format": "pt", METADATA: json.dumps(adapter.metadata, sort_keys=True)}
+    size = sum(tensor.nbytes for tensor in tensors.values())
     if not folder.exists():
         with files.creating(folder) as temporary:
-            save_file(tensors, temporary / WEIGHTS, metadata)
+            files.require_space(temporary, size)
             (temporary / CONFIG).write_text(text)
+            save_file(tensors, temporary / WEIGHTS, metadata)
+            # safetensors makes files that nobody but their owner may read.
+            shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)
         return
     # Two files cannot be replaced at one instant, so the configuration has to stay.
     if not (folder / CONFIG).exists() or (folder / CONFIG).read_text() != text:
@@ -148,7 +153,9 @@ def write_adapter(adapter: Adapter, folder: files.Path) -> None:
             fix="save under another name",
         )
     with files.replacing(folder / WEIGHTS) as file:
+        files.require_space(file, size)
         save_file(tensors, file, metadata)
+        shutil.copymode(folder / CONFIG, file)
 
 
 def read_adapter(folder: files.Path) -> Adapter:

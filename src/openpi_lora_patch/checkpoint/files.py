@@ -47,7 +47,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written.", found=str(error), fix="check space and rights") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -66,18 +66,29 @@ def creating(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     except OSError as error:
-        raise CheckpointError(f"{folder} could not be made.", found=str(error)) from None
+        raise CheckpointError(f"{folder} could not be made.", found=str(error), fix="check space and rights") from None
     try:
         yield temporary
         temporary.chmod(0o755)
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         temporary.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"{folder} could not be written.", found=str(error)) from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written.", found=str(error), fix="check space and rights"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_space(path: pathlib.Path, size: int) -> None:
+    """Raise `CheckpointError` where `size` bytes more would not fit beside `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(
+            f"There is no space for {path}.", found=f"{free:,} bytes free", expected=f"{size:,} bytes"
+        )
 
 
 def write_tensors(
@@ -99,9 +110,7 @@ def write_tensors(
     for name, (dtype, shape) in specs.items():
         begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    free = shutil.disk_usage(path.parent).free
-    if free < end:
-        raise CheckpointError(f"There is no space for {path}.", found=f"{free:,} bytes free", expected=f"{end:,} bytes")
+    require_space(path, end)
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,7 +50,10 @@ def merge(
     check_base: bool = True,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Rounding]:
-    """Write `out/model.safetensors`, whole or not at all, with one tensor of it in memory at a time.
+    """Write the folder `out`, whole or not at all, with one tensor of it in memory at a time.
+
+    It gets `model.safetensors` and the adapter's `assets`, where training checkpoints have the normalisation that
+    openpi's server asks for.
 
     Args:
         base: a plain checkpoint, or its folder.
@@ -68,22 +72,25 @@ def merge(
     taken = adapters.read_adapter(adapter)
     report: dict[str, Rounding] = {}
     with files.reading(files.weights_file(base)) as file:
-        merging = _Merging(file, taken)
+        merging = Merging(file, taken)
         merging.require_fit(check_base)
         specs = {name: (dtype or own if own.is_floating_point else own, shape) for name, own, shape in merging.specs()}
         with files.creating(pathlib.Path(out)) as temporary:
             tensors = merging.tensors(progress(specs), {name: spec[0] for name, spec in specs.items()}, report)
             files.write_tensors(temporary / "model.safetensors", specs, tensors, file.metadata() or {"format": "pt"})
+            if (assets := pathlib.Path(adapter, "assets")).is_dir():
+                shutil.copytree(assets, temporary / "assets")
     return report
 
 
-class _Merging:
+class Merging:
+    """The tensors of a merged checkpoint, made one at a time from an open base file and an adapter."""
+
     def __init__(self, file: Any, adapter: Adapter) -> None:
         self.file = file
         self.names: list[str] = list(file.keys())
         # A policy's adapter goes onto the model inside it, and the other way round.
-        in_policy = any(name.startswith("model.paligemma_with_expert.") for name in self.names)
-        self.adapter = adapter if in_policy else adapter.without_prefix("model.")
+        self.adapter = adapter if self.in_policy else adapter.without_prefix("model.")
         self.configs: dict[str, LoRAConfig] = self.adapter.lora
         matrices = {peft.tensor_name(name, m) for name in self.configs for m in ("lora_A", "lora_B")}
         self.replaced = {
@@ -95,6 +102,11 @@ class _Merging:
     def _stored_name(self, name: str) -> str:
         tied = _TIED | {two: one for one, two in _TIED.items()}
         return tied[name] if name not in self.names and tied.get(name) in self.names else name
+
+    @property
+    def in_policy(self) -> bool:
+        """Whether the base is a policy of lerobot's, which has the model inside it."""
+        return any(name.startswith("model.paligemma_with_expert.") for name in self.names)
 
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for name in self.names:
@@ -128,6 +140,7 @@ class _Merging:
     def tensors(
         self, names: Iterable[str], dtypes: Mapping[str, torch.dtype], report: dict[str, Rounding]
     ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `names` in `dtypes`; what rounding cost is added to `report` on the way."""
         for name in names:
             linear = name.removesuffix(".weight")
             if linear in self.configs and name != linear:
