@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 from openpi.models.pi0_config import Pi0Config
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 
-from openpi_lora_patch.checkpoint import adapters
+from openpi_lora_patch.checkpoint import adapters, optimizer
 
 TRAIN = Path(openpi.__file__).parents[2] / "scripts" / "train_pytorch.py"
 CONFIG = "debug_lora_pytorch"
@@ -49,21 +51,92 @@ print("actions", policy.infer(request, noise=noise)["actions"].tobytes().hex())
 """
 
 
+# Runs openpi's script (argv from 2 on) with batches and random numbers that the step decides. openpi's loader starts
+# anew when a run is resumed, and so do its random numbers; argv 1 is the step to start at.
+_TRAIN_BY_STEP = """
+import runpy, sys
+import torch
+import openpi.training.data_loader as data
+create, first = data.create_data_loader, int(sys.argv[1])
+
+class ByStep:
+    def __init__(self, loader):
+        self.data_config, self.loader = loader.data_config, loader
+
+    def __iter__(self):
+        for step, batch in enumerate(self.loader):
+            if step >= first:
+                torch.manual_seed(step)
+                yield batch
+
+data.create_data_loader = lambda *args, **kwargs: ByStep(create(*args, **kwargs))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def environment(**variables):
+    return os.environ | {"OPENPI_LORA": "1", "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled"} | variables
+
+
 def run(*arguments, folder, **variables):
-    environment = os.environ | {"OPENPI_LORA": "1", "JAX_PLATFORMS": "cpu", "WANDB_MODE": "disabled"} | variables
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+def test_a_killed_and_resumed_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    base = tmp_path / "base" / "model.safetensors"
+    save_base(base)
+    common = (TRAIN, CONFIG, "--save_interval", "2", "--num_train_steps", "8", "--pytorch_weight_path", base.parent)
+
+    def command(first, name, *more):
+        return [sys.executable, "-c", _TRAIN_BY_STEP, *map(str, (first, *common, "--exp_name", name, *more))]
+
+    variables = {"cwd": tmp_path, "env": environment(OPENPI_LORA_SAVE="adapter"), "stderr": subprocess.PIPE}
+    straight = subprocess.run(command(0, "straight"), **variables, timeout=300)
+    assert straight.returncode == 0, straight.stderr.decode()
+    with subprocess.Popen(command(0, "killed"), **variables, text=True) as process:
+        for line in process.stderr:
+            if "Saved checkpoint at step 4" in line:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    runs = tmp_path / "checkpoints" / CONFIG
+    steps = [int(path.name) for path in (runs / "killed").iterdir() if path.name.isdigit()]
+    assert 4 <= max(steps) < 8
+    resumed = subprocess.run(command(max(steps), "killed", "--resume"), **variables, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert f"Resumed training from step {max(steps)}" in resumed.stderr.decode()
+
+    one, other = (
+        safetensors.torch.load_file(runs / name / "8" / "model.safetensors") for name in ("straight", "killed")
+    )
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+    early = safetensors.torch.load_file(runs / "straight" / "4" / "model.safetensors")
+    assert [name for name in one if not torch.equal(one[name], early[name])], "nothing was trained"
+    one, other = (optimizer.load(runs / name / "8" / "optimizer.pt") for name in ("straight", "killed"))
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"].keys() == other["state"].keys()
+    for index, state in one["state"].items():
+        assert all(torch.equal(tensor, other["state"][index][name]) for name, tensor in state.items())
+
+
+def save_base(path):
+    path.parent.mkdir()
+    torch.manual_seed(7)
+    variants = {"paligemma_variant": "dummy", "action_expert_variant": "dummy"}
+    safetensors.torch.save_model(PI0Pytorch(Pi0Config(pytorch_compile_mode=None, **variants)), path)
 
 
 def test_train_resume_and_serve_with_adapters_only(tmp_path):
     base = tmp_path / "base" / "model.safetensors"
-    base.parent.mkdir()
-    torch.manual_seed(7)
-    variants = {"paligemma_variant": "dummy", "action_expert_variant": "dummy"}
-    plain = PI0Pytorch(Pi0Config(pytorch_compile_mode=None, **variants))
-    safetensors.torch.save_model(plain, base)
-
+    save_base(base)
     common = (TRAIN, CONFIG, "--save_interval", 2, "--pytorch_weight_path", base.parent)
     runs = {
         "adapter": ({"OPENPI_LORA_SAVE": "adapter"}, ("--num_train_steps", 3)),
@@ -82,6 +155,8 @@ def test_train_resume_and_serve_with_adapters_only(tmp_path):
     assert sizes["adapter"] < sizes["whole"] / 2
     metadata = adapters.read_adapter(checkpoints["adapter"]).metadata
     assert metadata["model"]["paligemma_variant"] == "dummy_lora"
+    assert metadata["openpi_config"] == CONFIG
+    assert not [path for path in checkpoints["adapter"].rglob("*") if path.is_file() and zipfile.is_zipfile(path)]
 
     lost = run("-c", _SERVE, checkpoints["adapter"], folder=tmp_path)
     assert "another base" in lost.stderr
@@ -95,7 +170,7 @@ def test_train_resume_and_serve_with_adapters_only(tmp_path):
 import safetensors.torch
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from openpi.training import config
-from openpi_lora_patch.checkpoint import adapters
+from openpi_lora_patch.checkpoint import adapters, optimizer
 model = PI0Pytorch(config.get_config("{CONFIG}").model)
 safetensors.torch.load_model(model, {str(base)!r})
 adapters.load_adapter(model, {str(checkpoints["adapter"])!r})

@@ -38,7 +38,7 @@ def save_adapters_only(model: nn.Module) -> None:
 def _only_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
-    taken = adapters.to_state_dict(adapters.take(model))
+    taken = adapters.to_state_dict(adapters.take(model, getattr(model, "openpi_config", None)))
     state_dict.update({prefix + name: tensor for name, tensor in taken.items()})
 
 

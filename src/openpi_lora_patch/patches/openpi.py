@@ -15,7 +15,7 @@ from ..checkpoint.training import load_adapters_through, save_adapters_only
 from ..lora import from_openpi
 from ..replace import replace
 from ..settings import Settings
-from . import openpi_fast, paligemma
+from . import openpi_fast, openpi_training, paligemma
 from .openpi_variants import is_dummy
 
 # Beside openpi's `dummy` towers a full SigLIP would take 8 s a step on two cores.
@@ -25,12 +25,13 @@ _SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers"
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
     """Give `PI0Pytorch` adapters where its variants ask for them, and images the way its convolution takes them."""
     cls = module.PI0Pytorch
-    replace(undo, cls, "__init__", _building(cls.__init__, module, settings))
+    script = undo.enter_context(contextlib.ExitStack())
+    replace(undo, cls, "__init__", _building(cls.__init__, module, settings, script))
     replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
     openpi_fast.patch(module, settings, undo)
 
 
-def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
+def _building(original: Any, module: ModuleType, settings: Settings, script: contextlib.ExitStack) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, config: Any) -> None:
         small = is_dummy(config.paligemma_variant)
@@ -47,6 +48,7 @@ def _building(original: Any, module: ModuleType, settings: Settings) -> Any:
             apply_lora(self, **adapters, preset=settings.freeze)
             openpi_fast.enable(self)
             load_adapters_through(self, settings.base_weights)
+            openpi_training.patch(script, adapters_only=settings.save == "adapter")
             if settings.save == "adapter":
                 save_adapters_only(self)
 
