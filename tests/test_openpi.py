@@ -183,9 +183,9 @@ def observation(data):
     )
 
 
-def start(*arguments, folder, log):
+def start(*arguments, folder, log, **variables):
     command = [sys.executable, str(SCRIPTS / arguments[0]), *arguments[1:]]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=folder, env=environment(**variables), stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait_for(process, log, *texts, seconds=240):

@@ -1,7 +1,11 @@
 """Several adapters on one base, switched between requests."""
 
+import concurrent.futures
 import contextlib
-import threading
+import gc
+import itertools
+import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,8 +63,61 @@ def test_an_adapter_that_does_not_fit_is_refused_at_the_start(saved):
     assert_equal(bits(model), before)
 
 
+def test_a_block_within_another_is_refused_and_harms_neither(saved):
+    folders, losses = saved
+    model = pi0()
+    switcher = Switcher(model, folders)
+    with switcher.using("pick"):
+        with pytest.raises(CheckpointError, match="in force here already"), switcher.using("place"):
+            pass
+        assert torch.equal(loss(model), losses["pick"])
+    with switcher.using("place"):
+        assert torch.equal(loss(model), losses["place"])
+
+
+def test_a_switch_that_fails_midway_is_not_taken_for_done(saved, monkeypatch):
+    folders, losses = saved
+    model = pi0()
+    switcher = Switcher(model, folders)
+    copy = torch._foreach_copy_
+
+    def half(targets, values):
+        copy(targets[: len(targets) // 2], values[: len(values) // 2])
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_copy_", half)
+        with pytest.raises(RuntimeError, match="out of memory"), switcher.using("pick"):
+            pass
+    with switcher.using(None):
+        assert torch.equal(loss(model), losses[None])
+
+
+def test_hundreds_of_switches_leave_no_tensor_behind(saved):
+    model = pi0()
+    switcher = Switcher(model, saved[0])
+
+    def held():
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        return len(tensors), {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+    def switch(times):
+        for _, name in zip(range(times), itertools.cycle([*saved[0], None]), strict=False):
+            with switcher.using(name):
+                pass
+
+    switch(3)
+    before = held()
+    switch(300)
+    assert held() == before
+
+
 def test_concurrent_requests_to_a_policy_keep_their_own_adapter(saved):
     folders, losses = saved
+
+    def values(model):
+        return sum(parameter.double().sum().item() for parameter in model.parameters() if parameter.requires_grad)
 
     class Policy:
         def __init__(self, model):
@@ -68,29 +125,33 @@ def test_concurrent_requests_to_a_policy_keep_their_own_adapter(saved):
 
         def infer(self, obs):
             assert "adapter" not in obs
-            return loss(self._model)
+            if "loss" in obs:
+                return loss(self._model)
+            before = values(self._model)
+            time.sleep(0.0002)
+            assert values(self._model) == before, "switched within a request"
+            return before
 
     module = SimpleNamespace(Policy=Policy)
     text = ",".join(f"{name}={folder}" for name, folder in folders.items())
-    wrong = []
     with contextlib.ExitStack() as undo:
         openpi_policy.patch(module, settings_module.read({"OPENPI_LORA_ADAPTERS": text}), undo)
         policy = Policy(pi0())
+        expected = {name: policy.infer({"adapter": name}) for name in (*folders, None)}
+        assert len(set(expected.values())) == 3
 
-        def ask(name):
-            for _ in range(4):
-                request = {"x": 1} | ({"adapter": name} if name else {})
-                if not torch.equal(policy.infer(request), losses[name]):
-                    wrong.append(name)
+        def ask(seed):
+            for name in random.Random(seed).choices([*expected, "push"], k=40):
+                if name == "push":
+                    with pytest.raises(CheckpointError, match="no adapter"):
+                        policy.infer({"adapter": name})
+                else:
+                    assert policy.infer({"x": 1} | ({"adapter": name} if name else {})) == expected[name]
 
-        threads = [threading.Thread(target=ask, args=(name,)) for name in (None, "pick", "place") * 2]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        with pytest.raises(CheckpointError, match="no adapter"):
-            policy.infer({"adapter": "push"})
-    assert not wrong
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            list(pool.map(ask, range(12)))
+        for name in expected:
+            assert torch.equal(policy.infer({"adapter": name, "loss": True}), losses[name])
     assert Policy.infer.__qualname__.endswith("Policy.infer")
 
 

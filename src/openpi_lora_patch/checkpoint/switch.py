@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from . import adapters, files
 
+_NEITHER = object()
+
 
 class Switcher:
     """Adapters by name for one model, which all have its ranks and were trained on its base.
@@ -28,7 +30,8 @@ class Switcher:
 
     def __init__(self, model: nn.Module, folders: Mapping[str, files.Path]) -> None:
         self._lock = threading.RLock()
-        self._active: str | None = None
+        self._in_use = False
+        self._active: object = None
         self._targets: dict[str, Tensor] = {}
         self._values: dict[str | None, dict[str, Tensor]] = {}
         for name, folder in folders.items():
@@ -48,15 +51,26 @@ class Switcher:
         """Have the adapter `name` in force within the block; other threads wait until it ends.
 
         Raises:
-            CheckpointError: no adapter of that name; the one in force stays.
+            CheckpointError: no adapter of that name, or within such a block of the same thread; the one in force stays.
         """
         if name not in self._values:
             raise CheckpointError("There is no adapter of this name.", found=repr(name), expected=", ".join(self.names))
         with self._lock:
-            if name != self._active:
-                # One adapter may hold tensors that another leaves to the model.
-                values = self._values[None] | self._values[name]
-                with torch.no_grad():
-                    torch._foreach_copy_([self._targets[key].detach() for key in values], list(values.values()))
-                self._active = name
-            yield
+            if self._in_use:  # By another coroutine, say, which the lock does not keep out.
+                raise CheckpointError("An adapter is in force here already.", fix="leave its block first")
+            self._in_use = True
+            try:
+                self._bring(name)
+                yield
+            finally:
+                self._in_use = False
+
+    def _bring(self, name: str | None) -> None:
+        if name == self._active:
+            return
+        # One adapter may hold tensors that another leaves to the model.
+        values = self._values[None] | self._values[name]
+        self._active = _NEITHER  # If copying fails midway, whoever comes next has to copy all.
+        with torch.no_grad():
+            torch._foreach_copy_([self._targets[key].detach() for key in values], list(values.values()))
+        self._active = name
