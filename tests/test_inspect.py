@@ -81,9 +81,6 @@ def test_the_command(tmp_path, capsys):
     assert "needs: the base with this fingerprint" in printed
     assert "q_proj" in printed
     assert command.main([str(tmp_path / "nowhere")]) == 1
-    with pytest.raises(SystemExit):
-        command.main(["--help"])
-    assert "example: python -m openpi_lora_patch.inspect" in capsys.readouterr().out
 
 
 def test_the_picture(tmp_path, capsys):

@@ -12,13 +12,16 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from openpi_lora_patch import merge as command
-from openpi_lora_patch.checkpoint import actions, adapters
+from openpi_lora_patch.checkpoint import actions, adapters, peft
 from openpi_lora_patch.checkpoint import merge as merging
 from openpi_lora_patch.errors import CheckpointError
-from openpi_lora_patch.lora import lora_layers
+from openpi_lora_patch.inspect import main as inspect
+from openpi_lora_patch.lora import LoRAConfig, lora_layers
 from openpi_lora_patch.reference import FOLDER, Reference, distance
 from test_adapters import DATA, loss, pi0
 
@@ -139,6 +142,76 @@ def test_the_wrong_base_is_refused_and_nothing_is_written(folders):
     with pytest.raises(CheckpointError, match="cannot be read"):
         merging.merge(base, adapter, out)
     assert sorted(p.name for p in out.parent.iterdir()) == ["adapter", "base"]
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def change(folder, edit):
+    adapter = adapters.read_adapter(folder)
+    name = next(name for name in sorted(adapter.tensors) if "lora_A" in name)
+    edit(adapter.tensors, name)
+    save_file(adapter.tensors, folder / adapters.WEIGHTS)
+
+
+DAMAGE = {
+    "weights cut in the header": lambda folder: cut(folder / adapters.WEIGHTS, 0.01),
+    "weights cut in the data": lambda folder: cut(folder / adapters.WEIGHTS, 0.99),
+    "configuration cut": lambda folder: cut(folder / adapters.CONFIG, 0.5),
+    "no configuration": lambda folder: (folder / adapters.CONFIG).unlink(),
+    "no matrix": lambda folder: change(folder, lambda tensors, name: tensors.pop(name)),
+    "wrong rank": lambda folder: change(folder, lambda tensors, name: tensors.update({name: torch.ones(3, 64)})),
+    "no matrix at all": lambda folder: change(folder, lambda tensors, name: tensors.update({name: torch.ones(3)})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_is_an_error_of_each_command(folders, capsys, damage):
+    base, adapter, out, _ = folders
+    DAMAGE[damage](adapter)
+    for main, arguments in ((command.main, [str(base), str(adapter), "--out", str(out)]), (inspect, [str(adapter)])):
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.err.count("found:") == 1
+        assert str(adapter) in printed.err or "layers.0" in printed.err
+        assert not printed.out
+    assert sorted(p.name for p in out.parent.iterdir()) == ["adapter", "base"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_ranks_targets_and_dtypes_merge_to_the_float32_sum(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("merge")
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    wanted = data.draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
+    plain = {f"{name}.weight": torch.randn(5, 7, generator=draw).to(dtype) for name in "abc"}
+    save_file(plain, folder / "base.safetensors")
+    ranks = data.draw(st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1))
+    alphas = {name: data.draw(st.floats(0.5, 64)) for name in ranks}
+    rslora = data.draw(st.booleans())
+    config = peft.describe({name: LoRAConfig(rank, alphas[name], rslora) for name, rank in ranks.items()}, [])
+    matrices = {
+        name: (torch.randn(rank, 7, generator=draw), torch.randn(5, rank, generator=draw))
+        for name, rank in ranks.items()
+    }
+    tensors = {
+        peft.tensor_name(name, key): matrix
+        for name, pair in matrices.items()
+        for key, matrix in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+    adapters.write_adapter(adapters.Adapter(config, tensors, {}), folder / "adapter")
+    report = merging.merge(folder / "base.safetensors", folder / "adapter", folder / "out", dtype=wanted)
+    assert report.keys() == ranks.keys()
+    for name, found in load_file(folder / "out" / "model.safetensors").items():
+        linear, expected = name.removesuffix(".weight"), plain[name].double()
+        if linear in ranks:
+            A, B = matrices[linear]
+            scaling = alphas[linear] / (ranks[linear] ** 0.5 if rslora else ranks[linear])
+            expected = expected + scaling * (B.double() @ A.double())
+        assert found.dtype == (wanted or dtype)
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(found.dtype).eps, atol=1e-4)
 
 
 WRITERS = {
@@ -268,7 +341,7 @@ def test_the_command(folders, capsys):
     assert "there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["merge", "convert"])
+@pytest.mark.parametrize("name", ["merge", "convert", "inspect"])
 def test_help_has_an_example(name):
     done = subprocess.run(
         [sys.executable, "-m", f"openpi_lora_patch.{name}", "--help"], capture_output=True, text=True, check=True

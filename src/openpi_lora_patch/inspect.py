@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+import tqdm
+
 from .checkpoint import inspect
 from .errors import CheckpointError, OpenpiLoraError
 
@@ -24,10 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", help="draw the norms into this file (needs matplotlib)")
     options = parser.parse_args(arguments)
     try:
-        found = inspect.describe(options.path)
+        found = inspect.describe(
+            options.path,
+            progress=lambda names: tqdm.tqdm(names, desc="measuring", file=sys.stderr, leave=False, delay=1),
+        )
         if options.plot:
             _plot(found, options.plot)
-    except OpenpiLoraError as error:
+    except (OpenpiLoraError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{options.path}: {found.kind}\nneeds: {found.needs}")

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<84} {cost.worst:12.3e} {cost.mean:12.3e} {cost.kept:7.4f}")
         if options.actions:
             _print_effect_on_actions(options)
-    except OpenpiLoraError as error:
+    except (OpenpiLoraError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -55,6 +55,25 @@ class Adapter:
         """
         return peft.lora_configs(self.config, peft.adapted_modules(self.tensors))
 
+    def matrices(self, linear: str) -> tuple[Tensor, Tensor]:
+        """`lora_A` (r, in) and `lora_B` (out, r) of one of the Linears in `lora`.
+
+        Raises:
+            CheckpointError: one is missing, or their ranks are not the configuration's.
+        """
+        names = [peft.tensor_name(linear, matrix) for matrix in ("lora_A", "lora_B")]
+        if absent := [name for name in names if name not in self.tensors]:
+            raise CheckpointError("An adapter lacks a matrix.", found=f"no {absent[0]}")
+        A, B = (self.tensors[name] for name in names)
+        rank = peft.lora_configs(self.config, [linear])[linear].rank
+        if not (A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == rank):
+            raise CheckpointError(
+                "The matrices of an adapter do not fit each other.",
+                found=f"{linear} A {tuple(A.shape)} B {tuple(B.shape)} for rank {rank}",
+                expected="A (rank, in) and B (out, rank)",
+            )
+        return A, B
+
     def without_prefix(self, prefix: str) -> Adapter:
         """The same for a model that lies at `prefix` of the saved one (lerobot's policy has it at "model.")."""
         tensors = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import adapters, files, jax, peft
+from . import adapters, files, jax
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,12 @@ class Description:
     deltas: dict[str, tuple[int, float | None]] = dataclasses.field(default_factory=dict)
 
 
-def describe(path: files.Path) -> Description:
+def describe(path: files.Path, *, progress: Progress = iter) -> Description:
     """Say what `path` is; weights of a base are not read, only their names.
+
+    Args:
+        path: file or folder.
+        progress: wraps the names of the Linears whose adapters are being worked through.
 
     Raises:
         CheckpointError: nothing there that can be read, or nothing that is a checkpoint.
@@ -45,8 +51,8 @@ def describe(path: files.Path) -> Description:
     if path.name == adapters.WEIGHTS:
         path = path.parent
     if (path / adapters.WEIGHTS).exists():
-        return _adapter(adapters.read_adapter(path))
-    return _file(files.weights_file(path))
+        return _adapter(adapters.read_adapter(path), progress)
+    return _file(files.weights_file(path), progress)
 
 
 def _jax(source: jax.JaxCheckpoint) -> Description:
@@ -60,7 +66,7 @@ def _jax(source: jax.JaxCheckpoint) -> Description:
     return Description("JAX checkpoint of openpi, with LoRA", "openpi's JAX code, or convert jax", facts)
 
 
-def _adapter(adapter: adapters.Adapter) -> Description:
+def _adapter(adapter: adapters.Adapter, progress: Progress) -> Description:
     ours = "version" in adapter.metadata
     facts = {name: str(value) for name, value in adapter.metadata.items() if value not in (None, {})}
     facts["values"] = f"{_count(tuple(tensor.shape) for tensor in adapter.tensors.values()):,}"
@@ -72,18 +78,18 @@ def _adapter(adapter: adapters.Adapter) -> Description:
     except CheckpointError as error:
         return Description(kind, f"PEFT; not this package: {' '.join(str(error).split())}", facts)
     deltas: dict[str, tuple[int, float | None]] = {}
-    for name, config in configs.items():
-        A, B = (adapter.tensors[peft.tensor_name(name, matrix)].float() for matrix in ("lora_A", "lora_B"))
-        deltas[name] = config.rank, config.scaling * _norm_of_product(B, A)
+    for name in progress(configs):
+        A, B = adapter.matrices(name)
+        deltas[name] = configs[name].rank, configs[name].scaling * _norm_of_product(B.float(), A.float())
     facts["ranks"] = ", ".join(map(str, sorted({rank for rank, _ in deltas.values()})))
     return Description(kind, f"{base}, and load_adapter() or PEFT", facts, deltas)
 
 
-def _file(path: pathlib.Path) -> Description:
+def _file(path: pathlib.Path, progress: Progress) -> Description:
     with files.reading(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if adapters.METADATA in shapes:
-        found = _adapter(adapters.read_training_file(path))
+        found = _adapter(adapters.read_training_file(path), progress)
         needs = "OPENPI_LORA_BASE_WEIGHTS, with openpi's scripts; convert training makes an adapter folder of it"
         return dataclasses.replace(found, kind="training checkpoint with adapters only", needs=needs)
     facts = {"tensors": str(len(shapes)), "values": f"{_count(shapes.values()):,}"}

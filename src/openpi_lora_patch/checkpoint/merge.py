@@ -117,11 +117,10 @@ class Merging:
         shapes = {name: shape for name, _, shape in self.specs()}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
         wrong = [f"{name} {shape}" for name, shape in wanted.items() if shapes.get(name) != shape]
-        for name, config in self.configs.items():
-            A, B = self._matrices(name)
-            fits = A.shape[0] == B.shape[1] == config.rank
-            if not fits or shapes.get(f"{name}.weight") != (B.shape[0], A.shape[1]):
-                wrong.append(f"{name} A {tuple(A.shape)} B {tuple(B.shape)} for rank {config.rank}")
+        for name in self.configs:
+            A, B = self.adapter.matrices(name)
+            if shapes.get(f"{name}.weight") != (B.shape[0], A.shape[1]):
+                wrong.append(f"{name} A {tuple(A.shape)} B {tuple(B.shape)}")
         if wrong or not self.configs:
             raise CheckpointError(
                 "The adapter does not fit the base; nothing was written.",
@@ -144,7 +143,7 @@ class Merging:
         for name in names:
             linear = name.removesuffix(".weight")
             if linear in self.configs and name != linear:
-                A, B = self._matrices(linear)
+                A, B = self.adapter.matrices(linear)
                 weight = self.file.get_tensor(name).float()
                 delta = self.configs[linear].scaling * (B.float() @ A.float())
                 stored = (weight + delta).to(dtypes[name])
@@ -153,13 +152,6 @@ class Merging:
             else:
                 tensor = self.replaced[name] if name in self.replaced else self.file.get_tensor(name)
                 yield name, tensor.to(dtypes[name])
-
-    def _matrices(self, linear: str) -> tuple[Tensor, Tensor]:
-        names = [peft.tensor_name(linear, matrix) for matrix in ("lora_A", "lora_B")]
-        if absent := [name for name in names if name not in self.adapter.tensors]:
-            raise CheckpointError("An adapter lacks a matrix.", found=f"no {absent[0]}")
-        A, B = (self.adapter.tensors[name] for name in names)
-        return A, B
 
 
 def _rounding(weight: Tensor, delta: Tensor, stored: Tensor) -> Rounding:
