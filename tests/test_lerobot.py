@@ -12,6 +12,7 @@ from golden import GOLDEN, assert_same
 from openpi_lora_patch import CheckpointError, FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.checkpoint.adapters import load_adapter, save_adapter
+from openpi_lora_patch.checkpoint.merge import merge
 from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.reference import Reference
 
@@ -415,7 +416,8 @@ def test_what_lerobot_trains_with_peft_loads_into_ours(full_precision, tmp_path)
     if not hasattr(full_precision.Policy, "wrap_with_peft"):
         pytest.skip("this lerobot does not train with PEFT itself")
     theirs = tuned(full_precision, full_precision.policy())
-    theirs.config.pretrained_path = tmp_path
+    theirs.save_pretrained(tmp_path / "base")
+    theirs.config.pretrained_path = tmp_path / "base"
     config = library.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **theirs._get_default_peft_targets())
     theirs.wrap_with_peft(config).save_pretrained(tmp_path / "adapter")
     expected = actions(full_precision, theirs)
@@ -424,6 +426,9 @@ def test_what_lerobot_trains_with_peft_loads_into_ours(full_precision, tmp_path)
         load_adapter(ours if part == "policy" else ours.model, tmp_path / "adapter")
         assert {layer.config.rank for layer in lora_layers(ours).values()} == {3}
         torch.testing.assert_close(actions(full_precision, ours), expected, rtol=1e-5, atol=2e-6)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = full_precision.Policy.from_pretrained(tmp_path / "merged", config=full_precision.config()).eval()
+    torch.testing.assert_close(actions(full_precision, merged), expected, rtol=1e-5, atol=2e-6)
 
 
 def test_deactivation_gives_lerobot_back(activated):

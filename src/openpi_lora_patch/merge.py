@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", help="folder of the adapter")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", choices=_DTYPES, default="base", help="of the result; float32 keeps all of it")
-    parser.add_argument("--actions", action="store_true", help="also sample actions before and after rounding (14 GB)")
+    parser.add_argument("--actions", action="store_true", help="also sample actions before and after rounding (16 GB)")
     parser.add_argument("--any-base", action="store_true", help="take a base that the adapter was not trained on")
     return parser
 

@@ -38,7 +38,7 @@ class Effect:
 def effect(base: files.Path, adapter: files.Path, merged: files.Path, *, device: str = "cpu", seed: int = 0) -> Effect:
     """Sample actions for one random observation with the stored, the unrounded and the base weights, in float32.
 
-    Holds one model in float32: 14 GB at full size.
+    Holds one model in float32: 16 GB at full size, with the largest tensor twice.
 
     Args:
         base, adapter, merged: what `merge` was given, and what it wrote.
