@@ -44,6 +44,7 @@ def child(tmp_path: Path) -> Child:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", type=Path, help="write counts and the worst difference to this file, as JSON")
+    parser.addoption("--long", action="store_true", help="20 times the damaged inputs")
     parser.addoption("--break", dest="broken", choices=sorted(BREAKS), help="break a patch on purpose")
 
 

@@ -106,9 +106,18 @@ def check(module: ModuleType, *, allow_untested: bool) -> str:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`tested_releases.json`: "runs" by release, and "fingerprints": function, then fingerprint, then releases."""
-    content: dict[str, Any] = json.loads(TABLE.read_text())
-    return content
+    """`tested_releases.json`: "runs" by release, and "fingerprints": function, then fingerprint, then releases.
+
+    Raises:
+        CompatibilityError: it is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+        return {"runs": dict(content["runs"]), "fingerprints": dict(content["fingerprints"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CompatibilityError(
+            "The table of tested releases cannot be read.", found=f"{TABLE}: {error!r}", fix="reinstall this package"
+        ) from None
 
 
 @functools.cache

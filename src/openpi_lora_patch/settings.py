@@ -34,7 +34,8 @@ def _dropout(text: str) -> float:
 
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     parted = [part.partition("=") for part in text.split(",") if part]
-    if not all(name and folder for name, _, folder in parted):
+    names = {name for name, _, folder in parted if folder}
+    if "" in names or len(names) < len(parted):  # One without a folder, or one twice.
         raise ValueError(text)
     return tuple((name, folder) for name, _, folder in parted)
 
@@ -92,7 +93,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
     "base_weights": (str, "the path of a checkpoint"),
-    "adapters": (_pairs, "name=folder, with commas between"),
+    "adapters": (_pairs, "name=folder, with commas between, each name once"),
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..lora.config import LoRAConfig
-from ..lora.inject import inject, lora_layers
+from ..lora.inject import lora_layers
 from ..lora.layer import LoRALinear
 from . import files, peft
 
@@ -40,11 +40,21 @@ class Adapter:
         config: PEFT's `adapter_config.json`.
         tensors: by PEFT's names; adapters float32 (r, in) and (out, r), saved modules in their own dtype.
         metadata: `version`, `base`, `preset`, `model` and `openpi_config` where we wrote it, empty where PEFT did.
+
+    Raises:
+        CheckpointError: `modules_to_save` or `model` is not of PEFT's or our form.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        saved, model = self.config.get("modules_to_save") or [], self.metadata.get("model", {})
+        if not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+            raise CheckpointError("An adapter_config.json has no meaning.", found=f"modules_to_save={saved!r:.200}")
+        if not isinstance(model, dict):
+            raise CheckpointError("An adapter's metadata have no meaning.", found=f"model={model!r:.200}")
 
     @property
     def lora(self) -> dict[str, LoRAConfig]:
@@ -115,7 +125,9 @@ def load_adapter(model: nn.Module, folder: files.Path, *, check_base: bool = Tru
     if not lora_layers(model):
         for name, config in adapter.lora.items():
             parent, _, child = name.rpartition(".")
-            inject(model.get_submodule(parent), {child: config})
+            linear = model.get_submodule(name)
+            # This one alone: there may be others of its name further below.
+            setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
     with torch.no_grad():
         for name, target in targets(model, adapter).items():
             target.copy_(adapter.tensors[name])
@@ -188,7 +200,8 @@ def read_adapter(folder: files.Path) -> Adapter:
         return read_training_file(files.weights_file(folder))
     with files.reading(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        text = (file.metadata() or {}).get(METADATA, "{}")
+    metadata = files.parse_json(text, f"The metadata of {folder / WEIGHTS}")
     return Adapter(files.read_json(folder / CONFIG), tensors, metadata)
 
 
@@ -212,10 +225,17 @@ def to_state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor]) -> Adapter:
-    """The inverse of `to_state_dict`."""
+    """The inverse of `to_state_dict`.
+
+    Raises:
+        CheckpointError: its description is damaged.
+    """
     tensors = dict(state_dict)
-    header = json.loads(bytes(tensors.pop(METADATA).tolist()))
-    return Adapter(header["config"], tensors, header["metadata"])
+    header = files.parse_json(tensors.pop(METADATA).cpu().numpy().tobytes(), f"The tensor {METADATA}")
+    config, metadata = header.get("config"), header.get("metadata")
+    if not (isinstance(config, dict) and isinstance(metadata, dict)):
+        raise CheckpointError(f"The tensor {METADATA} describes no adapter.", found=", ".join(header) or "nothing")
+    return Adapter(config, tensors, metadata)
 
 
 def fitting(
@@ -269,7 +289,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     digests = []
     for name, weight in weights:
         values = weight.detach().reshape(-1)
-        sample = values[:: math.ceil(values.numel() / _SAMPLES)].to(torch.bfloat16).cpu().contiguous()
+        sample = values[:: math.ceil(values.numel() / _SAMPLES) or 1].to(torch.bfloat16).cpu().contiguous()
         text = f"{name} {tuple(weight.shape)}".encode()
         digests.append(hashlib.sha256(text + sample.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
@@ -390,8 +410,12 @@ def _require_same_layers(layers: Mapping[str, LoRALinear], configs: Mapping[str,
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` for NaN and infinities."""
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+    """Raise `CheckpointError` for NaN, infinities, what float32 makes infinite, and what is no real number at all."""
+    if broken := [
+        name
+        for name, tensor in tensors.items()
+        if not (tensor.is_floating_point() and torch.isfinite(tensor.float()).all())
+    ]:
         raise CheckpointError("An adapter holds values that are not finite.", found=_some(broken), expected="numbers")
 
 

@@ -138,7 +138,10 @@ def reading(path: Path) -> Iterator[Any]:
             fix="check the path; copy the file again if it was cut off",
         ) from None
     with file:
-        yield file
+        try:
+            yield file
+        except SafetensorError as error:  # A tensor of a kind that this torch does not have.
+            raise CheckpointError(f"{path} holds a tensor that cannot be read.", found=str(error)) from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -148,11 +151,23 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         CheckpointError: it is not there, or holds none.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return parse_json(path.read_bytes(), f"{path}")
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read.", found=str(error), expected="a JSON object") from None
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object that `text`, found in `source`, holds.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} cannot be read.", found=str(error), expected="a JSON object") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object.", found=type(value).__name__)
+        raise CheckpointError(f"{source} holds no JSON object.", found=type(value).__name__)
     return value
 
 

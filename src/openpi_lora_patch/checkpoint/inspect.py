@@ -94,7 +94,9 @@ def _file(path: pathlib.Path, progress: Progress) -> Description:
         return dataclasses.replace(found, kind="training checkpoint with adapters only", needs=needs)
     facts = {"tensors": str(len(shapes)), "values": f"{_count(shapes.values()):,}"}
     deltas: dict[str, tuple[int, float | None]] = {
-        name.partition(".lora_A")[0]: (min(shape), None) for name, shape in shapes.items() if ".lora_A" in name
+        name.partition(".lora_A")[0]: (min(shape, default=0), None)
+        for name, shape in shapes.items()
+        if ".lora_A" in name
     }
     pi0 = any("paligemma_with_expert." in name for name in shapes)
     if deltas and pi0 and any(name.endswith(".base_layer.weight") for name in shapes):

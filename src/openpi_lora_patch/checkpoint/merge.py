@@ -111,7 +111,9 @@ class Merging:
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for name in self.names:
             piece = self.file.get_slice(name)
-            yield name, _TORCH[piece.get_dtype()], tuple(piece.get_shape())
+            if (dtype := piece.get_dtype()) not in _TORCH:
+                raise CheckpointError("A base tensor is of no dtype that is merged.", found=f"{name} {dtype}")
+            yield name, _TORCH[dtype], tuple(piece.get_shape())
 
     def require_fit(self, check_base: bool) -> None:
         shapes = {name: shape for name, _, shape in self.specs()}

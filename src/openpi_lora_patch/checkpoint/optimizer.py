@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
@@ -59,12 +60,15 @@ def load(path: files.Path, map_location: Any = "cpu", **_: Any) -> dict[str, Any
 
 def _read(path: pathlib.Path, device: Any) -> dict[str, Any]:
     with files.reading(path) as file:
-        groups = (file.metadata() or {}).get(_GROUPS, "")
+        text = (file.metadata() or {}).get(_GROUPS, "")
     state: dict[int, dict[str, Any]] = {}
     try:
         for key, tensor in load_file(path, device=str(device)).items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = tensor
-        return {"state": state, _GROUPS: json.loads(groups)}
-    except ValueError as error:
+        groups = json.loads(text)
+        if not (isinstance(groups, list) and all(isinstance(group, dict) for group in groups)):
+            raise ValueError(f"{_GROUPS} is no list of groups")
+        return {"state": state, _GROUPS: groups}
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} holds no optimizer's state.", found=str(error)) from None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import collections
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LoRAError
 from ..lora.config import LoRAConfig
 
 PREFIX = "base_model.model."
@@ -106,14 +107,23 @@ def lora_configs(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str,
         rslora, dropout = bool(config.get("use_rslora")), float(config.get("lora_dropout") or 0.0)
         return {
             module: LoRAConfig(
-                rank=int(_pattern(config.get("rank_pattern"), module, config["r"])),
+                rank=operator.index(_pattern(config.get("rank_pattern"), module, config["r"])),
                 alpha=float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])),
                 rslora=rslora,
                 dropout=dropout,
             )
             for module in modules
         }
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        re.error,
+        LoRAError,
+    ) as error:
         raise CheckpointError("An adapter_config.json has no meaning.", found=repr(error)) from None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..lora.inject import lora_layers
 from . import adapters, files
 
 _NEITHER = object()
@@ -29,6 +30,8 @@ class Switcher:
     """
 
     def __init__(self, model: nn.Module, folders: Mapping[str, files.Path]) -> None:
+        if not lora_layers(model):
+            raise CheckpointError("The model has no adapters to switch.", fix="use a *_lora variant")
         self._lock = threading.RLock()
         self._in_use = False
         self._active: object = None

@@ -24,7 +24,7 @@ class LoRAConfig:
         dropout: probability with which an element of the adapter's input is zeroed in training.
 
     Raises:
-        LoRAError: a rank below 1, or a dropout outside [0, 1).
+        LoRAError: a rank below 1, an alpha that is not finite, or a dropout outside [0, 1).
     """
 
     rank: int
@@ -35,6 +35,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise LoRAError("A LoRA rank has to be positive.", found=str(self.rank))
+        if not math.isfinite(self.scaling):
+            raise LoRAError("A LoRA alpha has to be finite.", found=str(self.alpha))
         if not 0.0 <= self.dropout < 1.0:
             raise LoRAError("A LoRA dropout has to be in [0, 1).", found=str(self.dropout))
 
