@@ -120,12 +120,8 @@ def test_a_step_moves_what_trains_and_nothing_else():
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # In PaliGemma's last layer only keys and values are used: its o, gate, up and down get no gradient.
-    dead = {name for name in trains - moved if name.startswith("paligemma_with_expert.paligemma.model.language_model")}
-    assert moved <= trains
-    assert trains - moved == dead
-    assert {name.split(".")[-2] for name in dead} <= {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {name.split(".")[-4] for name in dead} == {"2"}
+    # Where nothing reads them, as o, gate, up and down in PaliGemma's last layer, their gradient is zeros: they decay.
+    assert moved == trains
 
 
 def test_thawed_parameters_are_caught_by_name_at_the_next_training_forward(small):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint.layout import accept_base_checkpoints
+from .distributed import reach_every_parameter
 from .lora.config import LoRAConfig
 from .lora.freeze import freeze
 from .lora.inject import inject, lora_layers
@@ -58,6 +59,7 @@ def apply_lora(
         inject(towers.gemma_expert.model.layers, action_expert)
     freeze(model, preset, keep_frozen=frozen)
     model.lora_preset = preset
+    model.register_forward_hook(reach_every_parameter)
     accept_base_checkpoints(model)
     counts = Counts.of(model)
     logger.info("Found %d LoRA parameters after model creation", counts.lora_tensors)

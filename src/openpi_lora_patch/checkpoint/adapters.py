@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..distributed import fill, whole
 from ..errors import CheckpointError
 from ..lora.config import LoRAConfig
 from ..lora.inject import lora_layers
@@ -94,19 +95,22 @@ class Adapter:
         return dataclasses.replace(self, tensors=tensors, config=self.config | {"modules_to_save": saved or None})
 
 
-def save_adapter(model: nn.Module, folder: files.Path, *, openpi_config: str | None = None) -> None:
+def save_adapter(model: nn.Module, folder: files.Path | None, *, openpi_config: str | None = None) -> None:
     """Write the adapters of `model` and whatever else trains in it, whole or not at all.
 
     Args:
         model: one with adapters.
-        folder: made where it is not there. One that holds an adapter of the same configuration has it replaced.
+        folder: made where it is not there. One that holds an adapter of the same configuration has it replaced. None
+            writes nothing: a model that is spread over processes is gathered, which takes a call from each of them.
         openpi_config: name of the training config, for the reader.
 
     Raises:
         CheckpointError: no adapters, NaN, an adapter of another configuration in the folder, a file system that
             refuses.
     """
-    write_adapter(take(model, openpi_config), folder)
+    adapter = take(model, openpi_config)
+    if folder is not None:
+        write_adapter(adapter, folder)
 
 
 def load_adapter(model: nn.Module, folder: files.Path, *, check_base: bool = True) -> None:
@@ -130,7 +134,7 @@ def load_adapter(model: nn.Module, folder: files.Path, *, check_base: bool = Tru
             setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
     with torch.no_grad():
         for name, target in targets(model, adapter).items():
-            target.copy_(adapter.tensors[name])
+            fill(target, adapter.tensors[name])
 
 
 def take(model: nn.Module, openpi_config: str | None = None) -> Adapter:
@@ -146,10 +150,10 @@ def take(model: nn.Module, openpi_config: str | None = None) -> Adapter:
         raise CheckpointError("A merged adapter cannot be saved: the base would hold it too.", fix="call unmerge()")
     saved = trained_modules(model)
     config = peft.describe({name: layer.config for name, layer in layers.items()}, saved)
-    tensors = {name: tensor.detach() for name, tensor in _whole(model, saved).items()}
+    tensors = {name: whole(tensor.detach()) for name, tensor in _whole(model, saved).items()}
     for name, layer in layers.items():
-        tensors[peft.tensor_name(name, "lora_A")] = layer.lora_A.detach()
-        tensors[peft.tensor_name(name, "lora_B")] = layer.lora_B.detach()
+        tensors[peft.tensor_name(name, "lora_A")] = whole(layer.lora_A.detach())
+        tensors[peft.tensor_name(name, "lora_B")] = whole(layer.lora_B.detach())
     require_finite(tensors)
     metadata = {
         "version": version(),
@@ -288,7 +292,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     """
     digests = []
     for name, weight in weights:
-        values = weight.detach().reshape(-1)
+        values = whole(weight.detach()).reshape(-1)
         sample = values[:: math.ceil(values.numel() / _SAMPLES) or 1].to(torch.bfloat16).cpu().contiguous()
         text = f"{name} {tuple(weight.shape)}".encode()
         digests.append(hashlib.sha256(text + sample.view(torch.uint8).numpy().tobytes()).digest())

@@ -9,6 +9,7 @@ Source: openpi, `models_pytorch/transformers_replace/models/gemma` (transformers
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ class GemmaDecoderLayer(stock.GemmaDecoderLayer):
         residual = gated_residual(residual, hidden_states, gate)
         hidden_states, gate = self.post_attention_layernorm(residual, adarms_cond)
         return gated_residual(residual, self.mlp(hidden_states), gate), weights
+
+    def run_pair(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`run(*args, **kwargs)`, which runs this layer and its like of the other tower: where FSDP gathers both."""
+        return run(*args, **kwargs)
 
 
 class GemmaModel(stock.GemmaModel):

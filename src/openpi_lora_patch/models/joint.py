@@ -101,7 +101,7 @@ def forward(
     for index, pair in enumerate(pairs):
         layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and index == len(pairs) - 1)
         # The first layers are the ones to recompute: by then the backward pass has freed what the others kept.
-        hidden = layer(hidden, keep=index >= recomputed)
+        hidden = pair[0].run_pair(layer, hidden, keep=index >= recomputed)
     return [None if x is None else model.norm(x, cond)[0] for model, x, cond in zip(models, hidden, conds, strict=True)]
 
 

@@ -1,0 +1,218 @@
+"""Two processes on a CPU against one: gradients, bytes, checkpoints. This file is also what the two run."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from golden import GOLDEN
+from openpi_lora_patch.apply import apply_lora
+from openpi_lora_patch.checkpoint.adapters import load_adapter, save_adapter
+from openpi_lora_patch.distributed import shard, whole
+from openpi_lora_patch.lora import LoRAConfig, lora_layers
+from openpi_lora_patch.lora.config import ATTENTION, FFN
+from openpi_lora_patch.models import joint
+from openpi_lora_patch.reference import Reference
+
+# bfloat16 is the base's dtype in a real run, beside float32 adapters.
+KINDS = ("pi0_float32", "pi05_bfloat16")
+ENGINES = ("ddp", "fsdp")
+PLAN = joint.Plan(sdpa=True, fused=True, trim=False, prune=True, compile=False, checkpoint="layer")
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class Run:
+    """A small model with adapters, its optimizer, and the samples of a batch of two that this process trains on."""
+
+    def __init__(self, kind, own=slice(None), seed=0):
+        data = Reference(GOLDEN / f"{kind}.safetensors")
+        self.model = self.engine = data.pi0().train()
+        targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=8.0))
+        torch.manual_seed(seed)
+        apply_lora(self.model, paligemma=targets, action_expert=targets)
+        for layer in lora_layers(self.model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        towers = self.model.paligemma_with_expert
+        towers.forward = lambda embeds, mask, positions, cond: joint.forward(
+            towers, embeds, mask.to(embeds[0].dtype), positions, (None, cond), PLAN
+        )
+        observation = data.observation()
+        for name, value in vars(observation).items():
+            setattr(observation, name, [x[own] for x in value] if isinstance(value, list) else value[own])
+        self.batch = (observation, *(data.inputs[name][own] for name in ("actions", "noise", "time")))
+
+    def start(self):
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+
+    def step(self, batches=None):
+        """Loss and gradients of one step on `batches`, equal in weight."""
+        batches, total = batches or [self.batch], 0.0
+        for batch in batches:
+            loss = self.engine(*batch).mean() / len(batches)
+            loss.backward()
+            total += loss.detach()
+        grads = {name: whole(p.grad).clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grads
+
+    def averages(self):
+        """The optimizer's averages of the gradients."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[p]: whole(state["exp_avg"]).clone() for p, state in self.optimizer.state.items()}
+
+    def save(self, folder):
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+    def load(self, folder):
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        loaded = {"model_state_dict": model, "optim_state_dict": optimizer}
+        set_state_dict(self.model, self.optimizer, **loaded, options=TRAINED_ONLY)
+
+
+def work(folder):
+    """What each of two processes does; rank 0 leaves behind what came of it."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for kind, engine in itertools.product(KINDS, ENGINES):
+        # Another seed on each rank, as openpi has it: the engine makes them start from the same adapters.
+        run, sent, name = Run(kind, slice(rank, rank + 1), seed=rank), [], f"{kind}-{engine}"
+        if engine == "ddp":
+            run.engine = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+            run.engine.register_comm_hook(sent, count_and_reduce)
+        else:
+            shard(run.model)
+        run.start()
+        first = run.step()
+        local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in layers(run.model))
+        run.save(folder / f"{name}-two")
+        save_adapter(run.model, folder / f"{name}-adapter" if rank == 1 else None)
+        second = run.step()
+        run.load(folder / f"{kind}-one")
+        loaded = run.averages()
+        third = run.step()
+        dist.barrier()
+        load_adapter(run.model, folder / f"{name}-adapter")
+        steps = [first, second, third, run.step()]
+        losses = torch.stack([loss for loss, _ in steps])
+        dist.all_reduce(losses)
+        if rank == 0:
+            result = {"losses": losses / dist.get_world_size(), "grads": first[1], "sent": sum(sent) / len(steps)}
+            torch.save(result | {"loaded": loaded, "local": local}, folder / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+def layers(model):
+    """The parameters of both towers' layers."""
+    towers = model.paligemma_with_expert
+    return [*towers.paligemma.model.language_model.layers.parameters(), *towers.gemma_expert.model.layers.parameters()]
+
+
+def count_and_reduce(sent, bucket):
+    """A DDP communication hook: the mean over all processes, and how many bytes it is of."""
+    sent.append(bucket.buffer().nbytes)
+    mean = bucket.buffer().div_(dist.get_world_size())
+    return dist.all_reduce(mean, async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """By kind, one process's two steps on both samples; and the folder that holds its checkpoint after the first."""
+    folder, steps = tmp_path_factory.mktemp("distributed"), {}
+    for kind in KINDS:
+        run = Run(kind)
+        run.start()
+        first = run.step(batches(kind))
+        run.save(folder / f"{kind}-one")
+        steps[kind] = [first, run.step(batches(kind))]
+    return folder, steps
+
+
+def batches(kind):
+    """Both samples at once; in bfloat16 one by one: a product's rounding depends on its rows."""
+    return [Run(kind, own).batch for own in ([slice(2)] if kind == "pi0_float32" else [slice(1), slice(1, 2)])]
+
+
+@pytest.fixture(scope="module")
+def together(alone):
+    """The folder that holds what two processes left behind."""
+    folder, _ = alone
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, folder]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(params=itertools.product(KINDS, ENGINES), ids="-".join)
+def case(request, together):
+    """Kind, engine, the two processes' results."""
+    kind, engine = request.param
+    return kind, engine, torch.load(together / f"{kind}-{engine}.pt")
+
+
+def assert_close(found, expected):
+    """Tensors by name, each within rounding of its own size, or of a hundredth of the largest's."""
+    assert found.keys() == expected.keys()
+    largest = max(tensor.norm() for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-5 * max(tensor.norm(), largest / 100), name
+
+
+def test_two_processes_have_the_gradients_of_one_with_both_samples(case, alone):
+    kind, _, result = case
+    (loss, grads), _ = alone[1][kind]
+    trained = {name: p for name, p in Run(kind).model.named_parameters() if p.requires_grad}
+    assert grads.keys() == trained.keys(), "adapters that nothing reads have a gradient too, zeros"
+    assert_close(result["grads"], grads)
+    torch.testing.assert_close(result["losses"][0], loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddp_sends_the_gradients_of_what_trains_once_and_nothing_else(kind, together):
+    trained = sum(p.numel() for p in Run(kind).model.parameters() if p.requires_grad)
+    assert torch.load(together / f"{kind}-ddp.pt")["sent"] == 4 * trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_leaves_each_process_half_of_the_layers(kind, together):
+    whole_size = sum(p.numel() for p in layers(Run(kind).model))
+    # A process has a row more where the rows are odd in number.
+    assert torch.load(together / f"{kind}-fsdp.pt")["local"] == pytest.approx(whole_size / 2, rel=0.01)
+
+
+def test_a_distributed_checkpoint_of_one_loads_on_two_and_of_two_on_one(case, alone):
+    kind, engine, result = case
+    folder, steps = alone
+    (_, grads), (second_loss, _) = steps[kind]
+    averages = {name: 0.1 * grad for name, grad in grads.items()}  # Adam's, after one step from zero.
+    assert_close(result["loaded"], averages)
+    torch.testing.assert_close(result["losses"][2], second_loss)
+    run = Run(kind, seed=3)
+    run.start()
+    run.load(folder / f"{kind}-{engine}-two")
+    assert_close(run.averages(), averages)
+    torch.testing.assert_close(run.step(batches(kind))[0], result["losses"][1])
+
+
+def test_an_adapter_saved_by_the_second_rank_is_whole_and_loads_on_one_and_on_two(case, alone):
+    kind, engine, result = case
+    torch.testing.assert_close(result["losses"][3], result["losses"][1])
+    run = Run(kind, seed=3)
+    run.start()
+    load_adapter(run.model, alone[0] / f"{kind}-{engine}-adapter")
+    torch.testing.assert_close(run.step(batches(kind))[0], result["losses"][1])
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
