@@ -15,8 +15,9 @@ from openpi_lora_patch import settings as settings_module
 from openpi_lora_patch.checkpoint import adapters
 from openpi_lora_patch.checkpoint.switch import Switcher
 from openpi_lora_patch.errors import CheckpointError, SettingsError
+from openpi_lora_patch.lora import lora_layers
 from openpi_lora_patch.patches import openpi_policy
-from test_adapters import assert_equal, bits, loss, pi0
+from test_adapters import DATA, assert_equal, bits, loss, pi0
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,35 @@ def test_a_block_within_another_is_refused_and_harms_neither(saved):
         assert torch.equal(loss(model), losses["pick"])
     with switcher.using("place"):
         assert torch.equal(loss(model), losses["place"])
+
+
+def test_a_model_without_adapters_or_with_a_merged_one_is_refused(saved):
+    folders, _ = saved
+    with pytest.raises(CheckpointError, match="no adapters to switch"):
+        Switcher(DATA.pi0(), folders)
+    model = pi0()
+    layer = next(iter(lora_layers(model).values()))
+    layer.merge()
+    for load in (lambda: Switcher(model, folders), lambda: adapters.load_adapter(model, folders["pick"])):
+        with pytest.raises(CheckpointError, match=r"unmerge\(\)"):
+            load()
+
+
+def test_without_the_setting_a_server_of_adapters_refuses_every_name_and_others_keep_the_field():
+    class Policy:
+        def __init__(self, model):
+            self._model, self._is_pytorch_model = model, True
+
+        def infer(self, obs):
+            return obs
+
+    module = SimpleNamespace(Policy=Policy)
+    with contextlib.ExitStack() as undo:
+        openpi_policy.patch(module, settings_module.read({}), undo)
+        with pytest.raises(CheckpointError, match="no adapter of this name"):
+            Policy(pi0()).infer({"adapter": "pick"})
+        assert Policy(pi0()).infer({"x": 1}) == {"x": 1}
+        assert Policy(DATA.pi0()).infer({"adapter": "theirs"}) == {"adapter": "theirs"}
 
 
 def test_a_switch_that_fails_midway_is_not_taken_for_done(saved, monkeypatch):

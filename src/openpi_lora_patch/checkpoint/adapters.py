@@ -256,6 +256,8 @@ def fitting(
     Raises:
         CheckpointError: see `load_adapter`.
     """
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise CheckpointError("A merged model takes no adapter: it would keep the one it holds.", fix="call unmerge()")
     modules = dict(model.named_modules())
     prefix = next((p for p in ("", "model.") if _lies_in(modules, adapter, p)), "")
     adapter = adapter.without_prefix(prefix)

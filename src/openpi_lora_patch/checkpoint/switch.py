@@ -26,7 +26,8 @@ class Switcher:
         folders: the adapters by name.
 
     Raises:
-        CheckpointError: an adapter that does not fit, see `adapters.load_adapter`; the model is as it was.
+        CheckpointError: a model without adapters, or an adapter that does not fit, see `adapters.load_adapter`; the
+            model is as it was.
     """
 
     def __init__(self, model: nn.Module, folders: Mapping[str, files.Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint.switch import Switcher
 from ..errors import CheckpointError
+from ..lora.inject import lora_layers
 from ..replace import replace
 from ..settings import Settings
 
@@ -19,10 +20,11 @@ FIELD = "adapter"
 
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
-    """Teach `Policy` the field, where `OPENPI_LORA_ADAPTERS` names adapters."""
+    """Teach `Policy` the field, where `OPENPI_LORA_ADAPTERS` names adapters; elsewhere no name is known."""
+    policy = module.Policy
     if settings.adapters:
-        replace(undo, module.Policy, "__init__", _loading(module.Policy.__init__, settings))
-        replace(undo, module.Policy, "infer", _choosing(module.Policy.infer))
+        replace(undo, policy, "__init__", _loading(policy.__init__, settings))
+    replace(undo, policy, "infer", (_choosing if settings.adapters else _refusing)(policy.infer))
 
 
 def _loading(original: Any, settings: Settings) -> Any:
@@ -42,5 +44,17 @@ def _choosing(original: Any) -> Any:
         request = {name: value for name, value in obs.items() if name != FIELD}
         with self.adapters.using(obs.get(FIELD)):
             return original(self, request, **kwargs)
+
+    return infer
+
+
+def _refusing(original: Any) -> Any:
+    @functools.wraps(original)
+    def infer(self: Any, obs: dict[str, Any], **kwargs: Any) -> Any:
+        if FIELD in obs and self._is_pytorch_model and lora_layers(self._model):
+            raise CheckpointError(
+                "There is no adapter of this name.", found=repr(obs[FIELD]), fix="start it with OPENPI_LORA_ADAPTERS"
+            )
+        return original(self, obs, **kwargs)
 
     return infer
