@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import openpi_lora_patch
 from openpi_lora_patch.lora import LoRAConfig, LoRALinear, kernels, lora_layers, pointwise
+from openpi_lora_patch.models import vision
 
 FAILED: list[str] = []
 
@@ -93,7 +94,7 @@ def check_functions() -> None:
     )  # fmt: skip
     for keep in (True, False):
         compare(
-            f"MLP, keep={keep}", mlp, lambda m, x, w: m(norm(x, w)),
+            f"MLP, keep={keep}", mlp, lambda m, x, w: x + m(norm(x, w)),
             lambda m, x, w, keep=keep: kernels.feed_forward(x, m, kernels.Norm(w, eps), keep=keep), x, weight,
         )  # fmt: skip
 
@@ -140,7 +141,8 @@ def check_small_updates() -> None:
 
 def check_model(*, pi05: bool) -> None:
     """All adapters' gradients of a full-size model, two samples: ours and openpi's forward in bfloat16, to float32."""
-    runs = {}
+    runs, features = {}, {}
+    label = "pi0.5" if pi05 else "pi0"
     model = models.build("ours", pi05=pi05, checkpoint="none", trim="1")
     torch.manual_seed(0)
     for layer in lora_layers(model).values():
@@ -158,12 +160,13 @@ def check_model(*, pi05: bool) -> None:
             model.float()
             torch.set_float32_matmul_precision("highest")
         model.zero_grad()
+        features[name] = _image_features(model, observation, ours=name == "ours")
         loss = model(observation, actions, noise, moment).mean()
         loss.backward()
         runs[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         runs[name]["loss"] = loss.detach()
     torch.set_float32_matmul_precision("high")
-    label = "pi0.5" if pi05 else "pi0"
+    report(f"{label}: image features", *(error(features[n], features["float32"]) for n in ("ours", "naive")))
     if len({frozenset(run) for run in runs.values()}) > 1:
         FAILED.append(f"{label}: other parameters have gradients")
     names = [n for n in runs["float32"] if runs["float32"][n].norm() > 0]
@@ -174,6 +177,12 @@ def check_model(*, pi05: bool) -> None:
     report(f"{label}: median of the gradients' errors", *(errors[n].median().item() for n in ("ours", "naive")))
     report(f"{label}: worst of the gradients' errors", *(errors[n].max().item() for n in ("ours", "naive")))
     print(f"{label}: loss " + ", ".join(f"{name} {run['loss'].item():.6f}" for name, run in runs.items()), flush=True)
+
+
+@torch.no_grad()
+def _image_features(model: Any, observation: Any, *, ours: bool) -> Tensor:
+    paligemma, image = model.paligemma_with_expert.paligemma.model, next(iter(observation.images.values()))
+    return vision.features(paligemma, image) if ours else paligemma.get_image_features(image)
 
 
 def main() -> None:

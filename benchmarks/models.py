@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,22 @@ def batch(model: Any, size: int, *, cameras: int = 3) -> tuple[Any, Tensor]:
         token_loss_mask=None,
     )
     return observation, torch.randn(size, config.action_horizon, config.action_dim, device="cuda")
+
+
+def training_step(model: Any, observation: Any, actions: Tensor) -> Callable[[], float]:
+    """What `scripts/train_pytorch.py` does in a step, with its optimizer; returns the loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2.5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10)
+
+    def step() -> float:
+        loss = model(observation, actions).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    return step
 
 
 def tera_operations(model: Any, size: int, *, cameras: int = 3, full: bool = False) -> float:

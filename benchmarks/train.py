@@ -38,21 +38,14 @@ ALONE = {"attention": "eager", "fused": "0", "trim": "0", "prune": False, "check
 
 def measure(model: Any, size: int, steps: int, cameras: int = 3) -> dict[str, float]:
     """Median milliseconds of a step and peak memory, after three steps that do not count."""
-    observation, actions = models.batch(model, size, cameras=cameras)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2.5e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-10)
+    train_step = models.training_step(model, *models.batch(model, size, cameras=cameras))
     times, losses = [], []
     for step in range(3 + steps):
         if step == 3:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = model(observation, actions).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(train_step())
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     median = statistics.median(times[3:])

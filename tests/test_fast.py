@@ -11,7 +11,7 @@ import golden
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
-from openpi_lora_patch.models import joint
+from openpi_lora_patch.models import joint, vision
 from openpi_lora_patch.patches import openpi_fast
 from openpi_lora_patch.reference import Reference, distance
 from openpi_lora_patch.settings import Settings
@@ -164,6 +164,16 @@ def test_a_trained_model_can_be_copied():
     openpi_fast.enable(model)
     assert copy.deepcopy(model).paligemma_with_expert.trains_fast
     run(copy.deepcopy(model), inputs, PLAIN)
+
+
+def test_our_vision_forward_gives_the_features_of_the_stock_modules():
+    model = Reference(golden.GOLDEN / "pi0_float32.safetensors").pi0().paligemma_with_expert.paligemma.model
+    size = model.config.vision_config.image_size
+    image = torch.rand(2, 3, size, size) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            vision._features(model, image), model.get_image_features(image), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_vision_that_a_later_preset_trains_is_not_compiled_away(monkeypatch):

@@ -39,6 +39,10 @@ def rms_norm(x, norm):
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * (1 + norm.weight)).to(x.dtype)
 
 
+def through(mlp, x, norm):
+    return mlp(x) if norm is None else x + mlp(rms_norm(x, norm))
+
+
 def results(output, x, modules, grad):
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     return [output, *torch.autograd.grad(output, [x, *trained], grad)]
@@ -61,6 +65,21 @@ def test_projections_on_one_input_in_float64(ranks, normed):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_projection_added_to_a_residual_in_float64(rank):
+    layer = linear(24, 16, rank)
+    x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 7, 16, dtype=torch.float64)
+    found, expected = kernels.project(x, [layer], residual=residual), residual + layer(x)
+    for output in (found, expected):
+        residual.grad = None
+        output.backward(grad, inputs=[residual], retain_graph=True)
+        torch.testing.assert_close(residual.grad, grad, rtol=0, atol=0)
+    for a, b in zip(results(found, x, [layer], grad), results(expected, x, [layer], grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("ranks", [(4, 3, 5), (4, 4, 0), (0, 0, 4), (0, 0, 0), (0, 4, 4)])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
@@ -70,7 +89,7 @@ def test_feed_forward_in_float64(monkeypatch, ranks, normed, keep):
     norm = kernels.Norm(torch.randn(16, dtype=torch.float64), EPS) if normed else None
     x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(2, 7, 16, dtype=torch.float64)
-    expected = results(mlp(rms_norm(x, norm)), x, [mlp], grad)
+    expected = results(through(mlp, x, norm), x, [mlp], grad)
     for a, b in zip(results(kernels.feed_forward(x, mlp, norm, keep=keep), x, [mlp], grad), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -88,9 +107,9 @@ def test_bfloat16_is_no_further_from_float64_than_the_plain_modules():
     wide = x.detach().double().requires_grad_()
     grad = torch.randn(512, 16, dtype=torch.bfloat16)
     norm = kernels.Norm(torch.randn(16), EPS)
-    expected = results(exact(rms_norm(wide, kernels.Norm(norm.weight.double(), EPS))), wide, [exact], grad.double())
+    expected = results(through(exact, wide, kernels.Norm(norm.weight.double(), EPS)), wide, [exact], grad.double())
     ours = results(kernels.feed_forward(x, mlp, norm), x, [mlp], grad)
-    plain = results(mlp(rms_norm(x, norm)), x, [mlp], grad)
+    plain = results(through(mlp, x, norm), x, [mlp], grad)
     for a, b, c in zip(ours, plain, expected, strict=True):
         assert (a.double() - c).norm() <= 1.05 * (b.double() - c).norm()
 

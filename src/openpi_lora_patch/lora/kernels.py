@@ -2,8 +2,8 @@
 
 What they save against `LoRALinear` after `LoRALinear`:
 - Linears on the same input (q/k/v, gate/up) run as one, with their adapters stacked: the input is read once.
-- The adapter's part is summed inside the base GEMM, in its float32 accumulator, where adding it to an output that was
-  rounded to bfloat16 would lose an update of 1e-4.
+- The adapter's part is summed in float32, inside the base GEMM or by whatever reads the base's output next, and rounded
+  once with it; added to what is rounded already, an update of 1e-4 would be lost.
 - For the backward pass only GEMM outputs are kept; norms and GEGLU are computed again, each one pass over memory.
 
 Source of the arithmetic: Hu et al. 2021 (arXiv:2106.09685); RMSNorm and GEGLU as in Gemma.
@@ -47,27 +47,29 @@ def fusable(linear: nn.Module) -> bool:
     return type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
 
 
-def project(x: Tensor, linears: Sequence[Any], norm: Norm | None = None) -> Tensor:
-    """`cat([linear(norm(x)) for linear in linears], -1)`.
+def project(x: Tensor, linears: Sequence[Any], norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+    """`cat([linear(norm(x)) for linear in linears], -1)`, plus `residual`.
 
     Args:
         x: (..., in), of the weights' dtype.
         linears: one or more that are `fusable`.
         norm: applied to `x` first.
+        residual: (..., out), added to the result.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     scalings, tensors = _parts(linears)
-    out = _Projection.apply(x.reshape(-1, x.shape[-1]), weight, eps, scalings, *tensors)
+    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    out = _Projection.apply(x.reshape(-1, x.shape[-1]), weight, eps, rows, scalings, *tensors)
     return cast(Tensor, out.view(*x.shape[:-1], -1))
 
 
 def feed_forward(x: Tensor, mlp: Any, norm: Norm | None = None, *, keep: bool = True) -> Tensor:
-    """`down(gelu(gate(n)) * up(n))` with `n = norm(x)`.
+    """`down(gelu(gate(x)) * up(x))`; or, with a norm, `x + down(gelu(gate(n)) * up(n))`, where `n = norm(x)`.
 
     Args:
         x: (..., in), of the weights' dtype.
         mlp: holds `gate_proj`, `up_proj` and `down_proj`, each `fusable`.
-        norm: applied to `x` first.
+        norm: applied to `x` first, which is then added to the result.
         keep: keep the outputs of gate and up for the backward pass; else compute them again there, in parts.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
@@ -123,14 +125,23 @@ class JoinRotated(torch.autograd.Function):
 
 
 class _Projection(torch.autograd.Function):
-    """See `project`. Inputs: x (rows, in), norm weight, eps, scalings, then all weights, all As, all Bs."""
+    """See `project`. Inputs: x (rows, in), norm weight, eps, residual, scalings, then all weights, all As, all Bs."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Tensor | None, eps: float, scalings: tuple[float, ...], *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        scalings: tuple[float, ...],
+        *tensors: Tensor,
     ) -> Tensor:
         linear = _Stacked.of(*_thirds(tensors), scalings, x.dtype)
-        output, hidden = linear(x, norm, eps)
+        if residual is None:
+            output, hidden = linear(x, norm, eps)
+        else:
+            output, hidden = linear.added(residual, _normalise(x, norm, eps))
         ctx.eps, ctx.scalings = eps, scalings
         ctx.save_for_backward(x, norm, hidden, linear.a, linear.b, *tensors)
         return output
@@ -149,7 +160,8 @@ class _Projection(torch.autograd.Function):
             x_grad = linear.backward(grad, hidden_grad)
             if norm is not None:
                 x_grad = pointwise.rms_norm_backward(x_grad, x, norm, ctx.eps)
-        return x_grad, None, None, None, *(None for _ in weights), *grads_a, *grads_b
+        residual_grad = grad if ctx.needs_input_grad[3] else None
+        return x_grad, None, None, residual_grad, None, *(None for _ in weights), *grads_a, *grads_b
 
 
 class _FeedForward(torch.autograd.Function):
@@ -166,9 +178,14 @@ class _FeedForward(torch.autograd.Function):
         kept: list[Tensor | None] = []
         for rows in (x,) if keep else torch.split(x, _CHUNK):
             gate_up, inner = first(rows, norm, eps)
-            wide, activation = last.room(len(rows), last.size)
-            hidden = last.hidden(pointwise.geglu(gate_up, activation))
-            outputs.append(last.product(wide, hidden))
+            if norm is None:
+                wide, activation = last.room(len(rows), last.size)
+                hidden = last.hidden(pointwise.geglu(gate_up, activation))
+                outputs.append(last.product(wide, hidden))
+            else:
+                activation = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size))
+                output, hidden = last.added(rows, activation)
+                outputs.append(output)
             kept = [gate_up, inner, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
         ctx.save_for_backward(x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
@@ -188,19 +205,24 @@ class _FeedForward(torch.autograd.Function):
             hidden_grad = last.hidden_grad(out_grad)
             activation_grad = last.backward(out_grad, hidden_grad)
             wide, gate_up_grad = first.room(len(rows), first.out)
-            b_first, a_last = pointwise.geglu_backward(activation_grad, gate_up, inner, hidden_grad, gate_up_grad)
+            b_gate, b_up, a_last = pointwise.geglu_backward(
+                activation_grad, gate_up, inner, len(matrices_a[0]), hidden_grad, gate_up_grad
+            )
             del activation_grad, gate_up
-            totals.add(b_first=b_first, a_last=a_last, b_last=None if hidden is None else out_grad.T @ hidden)
+            b_last = None if hidden is None else out_grad.T @ hidden
+            totals.add(b_gate=b_gate, b_up=b_up, a_last=a_last, b_last=b_last)
             inner_grad = first.hidden_grad(gate_up_grad)
             if inner_grad is not None:
                 totals.add(a_first=inner_grad.T @ _normalise(rows, norm, ctx.eps))
             if ctx.needs_input_grad[0]:
                 x_grad = first.product_back(wide, inner_grad)
-                x_grads.append(x_grad if norm is None else pointwise.rms_norm_backward(x_grad, rows, norm, ctx.eps))
+                if norm is not None:
+                    x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, ctx.eps, out_grad)
+                x_grads.append(x_grad)
         grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
         grads_b = [
-            *_unblock(totals["b_first"], matrices_b[:2], ctx.scalings[:2]),
-            *_unblock(totals["b_last"], matrices_b[2:], ctx.scalings[2:]),
+            _unblock(totals[name], [b], [scaling])[0]
+            for name, b, scaling in zip(("b_gate", "b_up", "b_last"), matrices_b, ctx.scalings, strict=True)
         ]
         x_total = torch.cat(x_grads) if len(x_grads) > 1 else x_grads[0] if x_grads else None
         return x_total, None, None, None, None, None, None, None, *grads_a, *grads_b
@@ -253,6 +275,13 @@ class _Stacked:
             return wide @ self._weight(wide.shape[1]).T, hidden
         hidden = pointwise.rms_norm(x, norm, eps, inputs) @ self.a.T
         return self.product(wide, hidden), hidden
+
+    def added(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`residual` plus the output, (rows, out), and what the adapters have inside, (rows, r)."""
+        output, hidden = x @ _cat(self.weights).T, self.hidden(x)
+        if hidden is None or self.b is None:
+            return output.add_(residual), None
+        return pointwise.add_low_rank(residual, output, hidden, self.b), hidden
 
     def product(self, wide: Tensor, hidden: Tensor | None) -> Tensor:
         """The output, from `room` whose part for x is filled."""

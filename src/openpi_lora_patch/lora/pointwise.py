@@ -65,14 +65,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return out
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient for `x` of `rms_norm(x, weight, eps)`, (rows, dim); `grad` is that of its output."""
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
+    """Gradient for `x` of `rms_norm(x, weight, eps)`, (rows, dim), plus `added`; `grad` is that of its output."""
     if x.is_cuda:
-        return _triton().rms_norm_backward(grad.contiguous(), x, weight, eps)
+        return _triton().rms_norm_backward(grad.contiguous(), x, weight, eps, added)
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed, grad = wide * scale, grad * (1 + weight)
-    return (scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype)
+    result = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    return (result if added is None else result + added).to(x.dtype)
+
+
+def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
+    """`residual + base + hidden @ b.T`, rounded once: (rows, dim), (rows, dim), (rows, r), (dim, r)."""
+    out = torch.empty_like(base)
+    if base.is_cuda:
+        _triton().add_low_rank(residual, base, hidden, b, out)
+    else:
+        out.copy_(_wide(residual) + base + _wide(hidden) @ _wide(b).T)
+    return out
 
 
 def geglu(gate_up: Tensor, out: Tensor) -> Tensor:
@@ -86,30 +97,33 @@ def geglu(gate_up: Tensor, out: Tensor) -> Tensor:
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None, out: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, gate_up: Tensor, inner: Tensor | None, rank: int, inner_grad: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradient of `geglu`, into `out`, and those of the adapters on either side of it while the tiles are at hand.
 
     Args:
         grad: of the output, (rows, dim).
         gate_up: the input, (rows, 2 * dim).
         inner: (rows, r), what the adapters of gate and up have inside, `x @ A.T`; None without adapters.
+        rank: how many of the r are gate's; the others are up's.
         inner_grad: (rows, s), gradient of what the adapter after `geglu` has inside; None without one.
         out: (rows, 2 * dim), a view with any row stride, for the gradient of `gate_up`.
 
     Returns:
-        `out.T @ inner` (2 * dim, r) and `inner_grad.T @ geglu(gate_up)` (s, dim), float32 at least, or None.
+        The products of gate's and up's gradient with what is inside their own adapter, (dim, rank) and (dim, r - rank),
+        and `inner_grad.T @ geglu(gate_up)` (s, dim), float32 at least, or None.
     """
     if grad.is_cuda:
-        return _triton().geglu_backward(grad, gate_up, inner, inner_grad, out)
+        return _triton().geglu_backward(grad, gate_up, inner, rank, inner_grad, out)
     gate, up = (half.detach().requires_grad_() for half in _wide(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up
-    gate_up_grad = torch.cat(torch.autograd.grad(output, (gate, up), _wide(grad)), dim=-1)
-    out.copy_(gate_up_grad)
-    after = None if inner is None else gate_up_grad.T @ _wide(inner)
+    gate_grad, up_grad = torch.autograd.grad(output, (gate, up), _wide(grad))
+    out.copy_(torch.cat([gate_grad, up_grad], dim=-1))
     before = None if inner_grad is None else _wide(inner_grad).T @ output.detach()
-    return after, before
+    if inner is None:
+        return None, None, before
+    return gate_grad.T @ _wide(inner[:, :rank]), up_grad.T @ _wide(inner[:, rank:]), before
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:

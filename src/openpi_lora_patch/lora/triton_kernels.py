@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .pointwise import Whole
 
-_ROWS, _COLUMNS = 32, 32  # A tile of `_geglu_backward`.
+_ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
+_BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 
 
@@ -28,13 +29,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     _rms_norm[(rows,)](x, weight, out, x.stride(0), out.stride(0), eps, dim, triton.next_power_of_2(dim), num_warps=8)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None) -> Tensor:
     rows, dim = x.shape
     out = torch.empty_like(x)
+    strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0))
     _rms_norm_backward[(rows,)](
-        grad, x, weight, out, grad.stride(0), x.stride(0), eps, dim, triton.next_power_of_2(dim), num_warps=8
+        grad, x, weight, added, out, *strides, eps, dim, triton.next_power_of_2(dim), num_warps=8
     )
     return out
+
+
+def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
+    rows, dim = base.shape
+    grid = (triton.cdiv(dim, _ADD["COLUMNS"]), triton.cdiv(rows, _ADD["ROWS"]))
+    _add_low_rank[grid](residual, base, hidden, b, out, rows, dim, hidden.shape[1], _block(hidden.shape[1]), **_ADD)
 
 
 def geglu(gate_up: Tensor, out: Tensor) -> None:
@@ -44,33 +52,22 @@ def geglu(gate_up: Tensor, out: Tensor) -> None:
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, inner_grad: Tensor | None, out: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, gate_up: Tensor, inner: Tensor | None, rank: int, inner_grad: Tensor | None, out: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows, dim = grad.shape
-    columns = triton.cdiv(dim, _COLUMNS)
-    splits = max(1, min(triton.cdiv(rows, 4 * _ROWS), _PROGRAMS // columns))
-    length = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
-    after, before = _partial(inner, splits, 2 * dim), _partial(inner_grad, splits, dim)
+    columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
+    height = _BACKWARD["ROWS"]
+    splits = max(1, min(triton.cdiv(rows, 4 * height), _PROGRAMS // columns))
+    length = triton.cdiv(triton.cdiv(rows, splits), height) * height
+    ranks = (0, 0) if inner is None else (rank, inner.shape[1] - rank)
+    last = 0 if inner_grad is None else inner_grad.shape[1]
+    gate, up, before = (_partial(grad, splits, size) for size in (*ranks, last))
     _geglu_backward[(columns, splits)](
-        grad,
-        gate_up,
-        out,
-        inner,
-        inner_grad,
-        after,
-        before,
-        rows,
-        dim,
-        length,
-        out.stride(0),
-        *(0 if t is None else t.shape[1] for t in (inner, inner_grad)),
-        *(0 if t is None else max(16, triton.next_power_of_2(t.shape[1])) for t in (inner, inner_grad)),
-        _ROWS,
-        _COLUMNS,
-        num_warps=4,
-        num_stages=3,
-    )
-    return None if after is None else after.sum(0).T, None if before is None else before.sum(0)
+        grad, gate_up, out, inner, inner_grad, gate, up, before, rows, dim, length, out.stride(0),
+        *ranks, last, _block(*ranks), _block(last), **_BACKWARD,
+    )  # fmt: skip
+    gate, up, before = (None if sums is None else sums.sum(0) for sums in (gate, up, before))
+    return None if gate is None else gate.T, None if up is None else up.T, before
 
 
 def rotate(
@@ -102,9 +99,14 @@ def rotate(
     )
 
 
-def _partial(inner: Tensor | None, splits: int, dim: int) -> Tensor | None:
-    """Sums over a part of the rows, (splits, r, dim), which are then added up: always in the same order."""
-    return None if inner is None else inner.new_empty(splits, inner.shape[1], dim, dtype=torch.float32)
+def _partial(like: Tensor, splits: int, rank: int) -> Tensor | None:
+    """Sums over a part of the rows, (splits, rank, dim), which are then added up: always in the same order."""
+    return like.new_empty(splits, rank, like.shape[1], dtype=torch.float32) if rank else None
+
+
+def _block(*ranks: int) -> int:
+    """What matrix units and `tl.arange` take for any of these ranks: a power of 2, at least 16."""
+    return max(16, triton.next_power_of_2(max(ranks)))
 
 
 @triton.jit
@@ -142,7 +144,9 @@ def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOC
 
 
 @triton.jit
-def _rms_norm_backward(grad, x, weight, out, grad_stride, stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    grad, x, weight, added, out, grad_stride, stride, added_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
@@ -152,6 +156,8 @@ def _rms_norm_backward(grad, x, weight, out, grad_stride, stride, eps, DIM: tl.c
     scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
     normed = value * scale
     result = scale * (slope - normed * (tl.sum(slope * normed) / DIM))
+    if added is not None:
+        result += tl.load(added + row * added_stride + at, inside, 0.0).to(tl.float32)
     tl.store(out + row * stride + at, result.to(out.dtype.element_ty), inside)
 
 
@@ -161,6 +167,30 @@ def _gelu(gate):
     part = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     slope = part + gate * part * (1 - part) * 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
     return gate * part, slope
+
+
+@triton.jit
+def _add_low_rank(
+    residual,
+    base,
+    hidden,
+    b,
+    out,
+    rows,
+    dim,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rank = tl.arange(0, R_BLOCK)
+    at, there = row * dim + column, (row < rows) & (column < dim)
+    value = tl.load(base + at, there, 0.0).to(tl.float32) + tl.load(residual + at, there, 0.0).to(tl.float32)
+    left = tl.load(hidden + row * R + rank[None, :], (row < rows) & (rank[None, :] < R), 0.0)
+    right = tl.load(b + column * R + rank[:, None], (column < dim) & (rank[:, None] < R), 0.0)
+    tl.store(out + at, (value + tl.dot(left, right)).to(out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -175,22 +205,40 @@ def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _columns(inner, first, left, local, SIZE: tl.constexpr, START: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows of `inner` (rows, SIZE), its R columns from START on, transposed: (BLOCK, rows)."""
+    rank = tl.arange(0, BLOCK)[:, None]
+    return tl.load(
+        inner + first * SIZE + local[None, :] * SIZE + START + rank, (local[None, :] < left) & (rank < R), 0.0
+    )
+
+
+@triton.jit
+def _store_sum(target, total, split, column, dim, R: tl.constexpr, BLOCK: tl.constexpr):
+    rank = tl.arange(0, BLOCK)[:, None]
+    at = (split * R + rank).to(tl.int64) * dim + column[None, :]
+    tl.store(target + at, total, (rank < R) & (column[None, :] < dim))
+
+
+@triton.jit
 def _geglu_backward(
     grad,
     gate_up,
     out,
     inner,
     inner_grad,
-    after,
-    before,
+    gate_target,
+    up_target,
+    last_target,
     rows,
     dim,
     length,
     out_stride,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    S_BLOCK: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -198,13 +246,9 @@ def _geglu_backward(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
     element = out.dtype.element_ty
-    if R > 0:
-        rank = tl.arange(0, R_BLOCK)
-        gate_sum = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
-        up_sum = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
-    if S > 0:
-        last_rank = tl.arange(0, S_BLOCK)
-        down_sum = tl.zeros((S_BLOCK, COLUMNS), tl.float32)
+    gate_sum = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    up_sum = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    last_sum = tl.zeros((LAST_BLOCK, COLUMNS), tl.float32)
     local = tl.arange(0, ROWS)
     # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
     inside = column[None, :] < dim
@@ -224,23 +268,19 @@ def _geglu_backward(
         up_grad = (slope * gelu).to(element)
         tl.store(out_tile + out_at, gate_grad, there)
         tl.store(out_tile + dim + out_at, up_grad, there)
-        if R > 0:
-            known = (local[None, :] < left) & (rank[:, None] < R)
-            hidden = tl.load(inner + first * R + local[None, :] * R + rank[:, None], known, 0.0)
-            gate_sum += tl.dot(hidden, gate_grad)
-            up_sum += tl.dot(hidden, up_grad)
-        if S > 0:
-            known = (local[None, :] < left) & (last_rank[:, None] < S)
-            hidden = tl.load(inner_grad + first * S + local[None, :] * S + last_rank[:, None], known, 0.0)
-            down_sum += tl.dot(hidden, (gelu * up).to(element))
-    if R > 0:
-        at = (split * R + rank[:, None]).to(tl.int64) * (2 * dim) + column[None, :]
-        there = (rank[:, None] < R) & (column[None, :] < dim)
-        tl.store(after + at, gate_sum, there)
-        tl.store(after + at + dim, up_sum, there)
-    if S > 0:
-        at = (split * S + last_rank[:, None]).to(tl.int64) * dim + column[None, :]
-        tl.store(before + at, down_sum, (last_rank[:, None] < S) & (column[None, :] < dim))
+        if GATE > 0:
+            gate_sum += tl.dot(_columns(inner, first, left, local, GATE + UP, 0, GATE, BLOCK), gate_grad)
+        if UP > 0:
+            up_sum += tl.dot(_columns(inner, first, left, local, GATE + UP, GATE, UP, BLOCK), up_grad)
+        if LAST > 0:
+            hidden = _columns(inner_grad, first, left, local, LAST, 0, LAST, LAST_BLOCK)
+            last_sum += tl.dot(hidden, (gelu * up).to(element))
+    if GATE > 0:
+        _store_sum(gate_target, gate_sum, split, column, dim, GATE, BLOCK)
+    if UP > 0:
+        _store_sum(up_target, up_sum, split, column, dim, UP, BLOCK)
+    if LAST > 0:
+        _store_sum(last_target, last_sum, split, column, dim, LAST, LAST_BLOCK)
 
 
 @triton.jit

@@ -130,9 +130,14 @@ class _Layer:
         packed, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
         attended = self.attention([layer.self_attn for layer in self.pair], packed, prune=self.prune)
         return [
-            None if part is None else gated_residual(x, self._linears(part, (layer.self_attn.o_proj,)), gate)
+            None if part is None else self._attended(layer.self_attn.o_proj, x, part, gate)
             for layer, x, part, gate in zip(self.pair, hidden, attended, gates, strict=True)
         ]
+
+    def _attended(self, o_proj: Any, x: Tensor, part: Tensor, gate: Tensor | None) -> Tensor | None:
+        if gate is None and self._fusable(part, (o_proj,)):
+            return kernels.project(part, (o_proj,), residual=x)
+        return gated_residual(x, self._linears(part, (o_proj,)), gate)
 
     def _project(self, layer: Any, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values side by side, (batch, length, (heads + 2 * kv_heads) * head_dim), and the gate."""
@@ -146,7 +151,8 @@ class _Layer:
         linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         if self._fusable(x, linears):
             normed, gate, norm = self._norm(layer.post_attention_layernorm, x, cond, linears)
-            return gated_residual(x, kernels.feed_forward(normed, mlp, norm, keep=keep), gate)
+            output = kernels.feed_forward(normed, mlp, norm, keep=keep)
+            return output if norm is not None else gated_residual(x, output, gate)
 
         def plain(x: Tensor, cond: Tensor | None) -> Any:
             normed, gate = layer.post_attention_layernorm(x, cond)
