@@ -235,7 +235,8 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> Adapter:
         CheckpointError: its description is damaged.
     """
     tensors = dict(state_dict)
-    header = files.parse_json(tensors.pop(METADATA).cpu().numpy().tobytes(), f"The tensor {METADATA}")
+    text = tensors.pop(METADATA).cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    header = files.parse_json(text, f"The tensor {METADATA}")
     config, metadata = header.get("config"), header.get("metadata")
     if not (isinstance(config, dict) and isinstance(metadata, dict)):
         raise CheckpointError(f"The tensor {METADATA} describes no adapter.", found=", ".join(header) or "nothing")
