@@ -61,6 +61,8 @@ class Settings:
             (`OPENPI_LORA_SAVE`).
         base_weights: base checkpoint that an adapter-only checkpoint is loaded onto; by default the weights that the
             model has already (`OPENPI_LORA_BASE_WEIGHTS`).
+        base: how the frozen weights under adapters are held: bf16 as openpi has them, or int8, nf4, fp8, see
+            `lora.quantized` (`OPENPI_LORA_BASE`).
         adapters: names and folders of the adapters that a request to openpi's `serve_policy.py` can choose from
             (`OPENPI_LORA_ADAPTERS`, "name=folder,name=folder").
     """
@@ -76,6 +78,7 @@ class Settings:
     compile: str = "auto"
     checkpoint: str = "auto"
     save: str = "model"
+    base: str = "bf16"
     base_weights: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
 
@@ -92,6 +95,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "compile": _choice("auto", "0", "1"),
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
+    "base": _choice("bf16", "int8", "nf4", "fp8"),
     "base_weights": (str, "the path of a checkpoint"),
     "adapters": (_pairs, "name=folder, with commas between, each name once"),
 }

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,12 +24,12 @@ from ..errors import CheckpointError
 from ..lora.config import LoRAConfig
 from ..lora.inject import lora_layers
 from ..lora.layer import LoRALinear
+from ..lora.quantized import QuantizedLinear, sample, stored_weight
 from . import files, peft
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 METADATA = "openpi_lora_patch"
-_SAMPLES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +156,14 @@ def take(model: nn.Module, openpi_config: str | None = None) -> Adapter:
     require_finite(tensors)
     metadata = {
         "version": version(),
-        "base": fingerprint((name, layer.weight) for name, layer in layers.items()),
+        "base": fingerprint((name, stored_weight(layer)) for name, layer in layers.items()),
         "preset": getattr(model, "lora_preset", None),
         "model": _sizes(model),
         "openpi_config": openpi_config,
     }
+    formats = {layer.base_layer.name for layer in layers.values() if isinstance(layer.base_layer, QuantizedLinear)}
+    if formats:
+        metadata["quantization"] = formats.pop()
     return Adapter(config, tensors, metadata)
 
 
@@ -274,7 +276,7 @@ def fitting(
     _require_same_tensors(model, adapter, configs)
     require_finite(adapter.tensors)
     if check_base and (wanted := adapter.metadata.get("base")) is not None:
-        found = fingerprint((base or {name: modules[name].weight for name in configs}).items())
+        found = fingerprint((base or {name: stored_weight(modules[name]) for name in configs}).items())
         if found != wanted:
             raise CheckpointError(
                 "The adapter was trained on another base.",
@@ -285,20 +287,20 @@ def fitting(
     return adapter
 
 
-def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+def fingerprint(weights: Iterable[tuple[str, Any]]) -> str:
     """What tells base weights apart: a hash of some hundred values of each, rounded to bfloat16.
 
     It is the same for a float32 checkpoint and for what bfloat16 makes of it, and in whatever order they come.
 
     Args:
-        weights: name and weight (out, in) of each Linear that has an adapter.
+        weights: name and `stored_weight` (out, in) of each Linear that has an adapter; of a quantised one counts the
+            weight that it was made from.
     """
     digests = []
     for name, weight in weights:
-        values = whole(weight.detach()).reshape(-1)
-        sample = values[:: math.ceil(values.numel() / _SAMPLES) or 1].to(torch.bfloat16).cpu().contiguous()
+        weight = weight if isinstance(weight, QuantizedLinear) else whole(weight.detach())
         text = f"{name} {tuple(weight.shape)}".encode()
-        digests.append(hashlib.sha256(text + sample.view(torch.uint8).numpy().tobytes()).digest())
+        digests.append(hashlib.sha256(text + sample(weight).view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
 
 

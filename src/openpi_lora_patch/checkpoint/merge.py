@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..lora.config import LoRAConfig
+from ..lora.quantized import require, round_trip
 from . import adapters, files, peft
 from .adapters import Adapter
 
@@ -34,11 +35,13 @@ class Rounding:
         mean: the mean absolute error.
         kept: how much of the adapter's change is in the stored weight, 1.0 being all: the change that is stored,
             projected on the change that was meant. NaN for an adapter that changes nothing.
+        drift: norm of what the quantisation that the adapter was trained on changed, against the base weight's norm.
     """
 
     worst: float
     mean: float
     kept: float
+    drift: float = 0.0
 
 
 def merge(
@@ -92,6 +95,10 @@ class Merging:
         # A policy's adapter goes onto the model inside it, and the other way round.
         self.adapter = adapter if self.in_policy else adapter.without_prefix("model.")
         self.configs: dict[str, LoRAConfig] = self.adapter.lora
+        # What was trained beside a quantised base is added to that base, not to the one it was made from.
+        self.quantization: str = adapter.metadata.get("quantization", "")
+        if self.quantization:
+            require(self.quantization)
         matrices = {peft.tensor_name(name, m) for name in self.configs for m in ("lora_A", "lora_B")}
         self.replaced = {
             self._stored_name(name.removeprefix(peft.PREFIX)): tensor
@@ -146,10 +153,12 @@ class Merging:
             linear = name.removesuffix(".weight")
             if linear in self.configs and name != linear:
                 A, B = self.adapter.matrices(linear)
-                weight = self.file.get_tensor(name).float()
+                plain = self.file.get_tensor(name)
+                weight = (round_trip(plain, self.quantization) if self.quantization else plain).float()
                 delta = self.configs[linear].scaling * (B.float() @ A.float())
                 stored = (weight + delta).to(dtypes[name])
-                report[linear] = _rounding(weight, delta, stored)
+                drift = ((weight - plain.float()).norm() / plain.float().norm()).item()
+                report[linear] = dataclasses.replace(_rounding(weight, delta, stored), drift=drift)
                 yield name, stored
             else:
                 tensor = self.replaced[name] if name in self.replaced else self.file.get_tensor(name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
+from ..lora.quantized import QuantizedLinear
 from . import adapters, files
 
 logger = logging.getLogger("openpi_lora_patch")
@@ -70,12 +71,13 @@ class _Loader:
         logger.info("Loaded %d adapters onto %s", len(base), self.base or "the base weights that are there")
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Each parameter's names, sorted; a tied one has several."""
-    names: dict[nn.Parameter, list[str]] = {}
+def _names(model: nn.Module) -> dict[Any, list[str]]:
+    """The names of each parameter and `QuantizedLinear`, sorted; a tied one has several."""
+    names: dict[Any, list[str]] = {}
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         names.setdefault(parameter, []).append(name)
-    return names
+    quantized = {n: module for n, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return names | {module: [f"{name}.weight"] for name, module in quantized.items()}
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import pointwise
 from .layer import LoRALinear
+from .quantized import QuantizedLinear, dense, stored_weight
 
 # Rows that a recomputing MLP handles at once: its temporaries stay below 2 GB whatever the batch.
 _CHUNK = 8192
@@ -40,11 +41,12 @@ class Norm:
 
 
 def fusable(linear: nn.Module) -> bool:
-    """Whether the functions below compute what `linear` does: a plain frozen weight, with or without an adapter."""
+    """Whether the functions below compute what `linear` does: a frozen weight, with or without an adapter."""
     base = linear.base_layer if isinstance(linear, LoRALinear) else linear
     if isinstance(linear, LoRALinear) and (linear.merged or (linear.training and linear.config.dropout > 0)):
         return False
-    return type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    plain = type(base) in (nn.Linear, QuantizedLinear) and base.bias is None
+    return plain and not stored_weight(base).requires_grad
 
 
 def project(x: Tensor, linears: Sequence[Any], norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -143,12 +145,12 @@ class _Projection(torch.autograd.Function):
         else:
             output, hidden = linear.added(residual, _normalise(x, norm, eps))
         ctx.eps, ctx.scalings = eps, scalings
-        ctx.save_for_backward(x, norm, hidden, linear.a, linear.b, *tensors)
+        _save(ctx, x, norm, hidden, linear.a, linear.b, *tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm, hidden, a, b, *tensors = ctx.saved_tensors
+        x, norm, hidden, a, b, *tensors = _saved(ctx)
         weights, matrices_a, matrices_b = _thirds(tensors)
         linear = _Stacked(weights, a, b)
         hidden_grad = linear.hidden_grad(grad)
@@ -188,12 +190,12 @@ class _FeedForward(torch.autograd.Function):
                 outputs.append(output)
             kept = [gate_up, inner, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
-        ctx.save_for_backward(x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
+        _save(ctx, x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm, first_a, first_b, last_a, last_b, *saved = ctx.saved_tensors
+        x, norm, first_a, first_b, last_a, last_b, *saved = _saved(ctx)
         kept = saved[9:]
         weights, matrices_a, matrices_b = _thirds(saved[:9])
         first, last = _Stacked(weights[:2], first_a, first_b), _Stacked(weights[2:], last_a, last_b)
@@ -238,8 +240,8 @@ class _Stacked:
     """
 
     def __init__(self, weights: Sequence[Tensor], a: Tensor | None, b: Tensor | None) -> None:
-        self.weights, self.a, self.b = weights, a, b
-        self.size, self.out = weights[0].shape[1], sum(len(weight) for weight in weights)
+        self.weights, self.a, self.b = [dense(weight) for weight in weights], a, b
+        self.size, self.out = self.weights[0].shape[1], sum(len(weight) for weight in self.weights)
 
     @classmethod
     def of(
@@ -362,7 +364,7 @@ class _Totals(dict[str, "Tensor | None"]):
 
 
 def _parts(linears: Sequence[Any]) -> tuple[tuple[float, ...], list[Tensor]]:
-    weights = [linear.weight for linear in linears]
+    weights = [stored_weight(linear) for linear in linears]
     scalings, matrices_a, matrices_b = [], [], []
     for linear, weight in zip(linears, weights, strict=True):
         adapted = isinstance(linear, LoRALinear)
@@ -370,6 +372,16 @@ def _parts(linears: Sequence[Any]) -> tuple[tuple[float, ...], list[Tensor]]:
         matrices_a.append(linear.lora_A if adapted else weight.new_empty(0, weight.shape[1], dtype=torch.float32))
         matrices_b.append(linear.lora_B if adapted else weight.new_empty(weight.shape[0], 0, dtype=torch.float32))
     return tuple(scalings), [*weights, *matrices_a, *matrices_b]
+
+
+def _save(ctx: Any, *tensors: Any) -> None:
+    """`save_for_backward`; a quantised weight is kept as it is, to be made dense again."""
+    ctx.quantized = [tensor if isinstance(tensor, QuantizedLinear) else None for tensor in tensors]
+    ctx.save_for_backward(*(None if isinstance(tensor, QuantizedLinear) else tensor for tensor in tensors))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [kept or tensor for kept, tensor in zip(ctx.quantized, ctx.saved_tensors, strict=True)]
 
 
 def _thirds(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:

@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         self.base_layer: Any = base_layer.requires_grad_(False)
         self.config = config
         self.scaling = config.scaling
-        device = next(base_layer.parameters()).device
+        device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, dtype=torch.float32, device=device))
         self._unmerged: Tensor | None = None
@@ -98,6 +98,11 @@ class LoRALinear(nn.Module):
         """Add the adapter to the base weight, in float32, rounded once. The weight before is kept for `unmerge()`."""
         if not self.merged:
             weight = self.base_layer.weight
+            if not isinstance(weight, nn.Parameter):
+                raise LoRAError(
+                    "A base that makes its weight anew each time, as a quantised one does, takes no adapter into it.",
+                    fix="merge the files: python -m openpi_lora_patch.merge",
+                )
             before = weight.detach().clone()
             weight.copy_(weight.float() + self.delta_weight())
             self._unmerged = before

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma import modeling_gemma
 
 from ..lora import kernels, pointwise
+from ..lora.quantized import stored_weight
 from ..patches.gemma import gated_residual
 from ..settings import Settings
 
@@ -177,7 +178,7 @@ class _Layer:
     def _fusable(self, x: Tensor, linears: Sequence[Any]) -> bool:
         # The kernels' sums over rows are made for bfloat16; on the CPU plain torch stands in for them.
         fits = x.dtype == torch.bfloat16 or not x.is_cuda
-        return self.fused and fits and all(kernels.fusable(y) and y.weight.dtype == x.dtype for y in linears)
+        return self.fused and fits and all(kernels.fusable(y) and stored_weight(y).dtype == x.dtype for y in linears)
 
 
 def _attention(

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..apply import apply_lora
 from ..checkpoint.training import load_adapters_through, save_adapters_only
-from ..lora import from_openpi
+from ..lora import from_openpi, lora_layers
+from ..lora.quantized import quantize, require
 from ..replace import replace
 from ..settings import Settings
 from . import openpi_fast, openpi_training, paligemma
@@ -34,6 +35,8 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 def _building(original: Any, module: ModuleType, settings: Settings, script: contextlib.ExitStack) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, config: Any) -> None:
+        if settings.base != "bf16":
+            require(settings.base)
         small = is_dummy(config.paligemma_variant)
         with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext():
             original(self, config)
@@ -46,6 +49,8 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
         }
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
+            if settings.base != "bf16":
+                quantize(lora_layers(self).values(), settings.base)
             openpi_fast.enable(self)
             load_adapters_through(self, settings.base_weights)
             openpi_training.patch(script, adapters_only=settings.save == "adapter")
