@@ -25,7 +25,7 @@ def shard(model: Any, mesh: DeviceMesh | None = None) -> None:
     process, after the weights are loaded and before the optimizer is made; all start from rank 0's values.
 
     Args:
-        model: openpi's `PI0Pytorch`, both towers with adapters.
+        model: openpi's `PI0Pytorch`, both towers with adapters, training by the joint forward (`OPENPI_LORA_JOINT`).
         mesh: one-dimensional; all processes where absent.
 
     Raises:
