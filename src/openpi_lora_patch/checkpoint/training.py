@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
-from ..lora.quantized import QuantizedLinear
+from ..lora.quantized import HeldLinear
 from . import adapters, files
 
 logger = logging.getLogger("openpi_lora_patch")
@@ -72,12 +72,12 @@ class _Loader:
 
 
 def _names(model: nn.Module) -> dict[Any, list[str]]:
-    """The names of each parameter and `QuantizedLinear`, sorted; a tied one has several."""
+    """The names of each parameter and `HeldLinear`, sorted; a tied one has several."""
     names: dict[Any, list[str]] = {}
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         names.setdefault(parameter, []).append(name)
-    quantized = {n: module for n, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    return names | {module: [f"{name}.weight"] for name, module in quantized.items()}
+    held = {name: module for name, module in model.named_modules() if isinstance(module, HeldLinear)}
+    return names | {module: [f"{name}.weight"] for name, module in held.items()}
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

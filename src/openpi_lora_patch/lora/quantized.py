@@ -113,12 +113,79 @@ def require(name: str) -> None:
         )
 
 
-class QuantizedLinear(nn.Module):
+class HeldLinear(nn.Module):
+    """A frozen Linear whose weight is no parameter, yet is in state dicts as one would be: `weight`, on the CPU.
+
+    The layer itself, in a state dict that is loaded, stands for the weight that it has.
+
+    Args:
+        linear: without bias.
+
+    Raises:
+        LoRAError: a Linear with a bias.
+    """
+
+    requires_grad = False
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if linear.bias is not None:
+            raise LoRAError("A Linear with a bias is not held apart.", found=repr(linear))
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
+        self.bias = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in)."""
+        raise NotImplementedError
+
+    def _take(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight.cpu()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, _: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is self:
+            return
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif tuple(weight.shape) != self.shape:
+            errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self.shape}")
+        else:
+            self._take(weight.detach())
+
+
+class UnusedLinear(HeldLinear):
+    """In the place of a Linear that nothing calls; its weight stays in host memory, for checkpoints alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._host = linear.weight.detach().cpu()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in), on the CPU wherever the model is."""
+        return self._host
+
+    def _take(self, weight: Tensor) -> None:
+        self._host = self._host.new_empty(self.shape).copy_(weight)
+
+
+class QuantizedLinear(HeldLinear):
     """`x @ weight.T` with a frozen weight that is held in fewer bits; a gradient reaches x alone.
 
-    Its state dict has `weight`, bfloat16, on the CPU; loading one quantises it on the device that the layer is on. So
-    a checkpoint is the same as without this, and the full weight of one layer at a time stands on the GPU. The layer
-    itself, in a state dict that is loaded, stands for the weight that it has.
+    Loading a weight quantises it on the device that the layer is on: a checkpoint is the same as without this, and the
+    full weight of one layer at a time stands on the GPU.
 
     Args:
         linear: without bias; its weight is taken as bfloat16.
@@ -128,18 +195,11 @@ class QuantizedLinear(nn.Module):
         LoRAError: a Linear with a bias, or whose elements are no multiple of 64.
     """
 
-    requires_grad = False
-
     def __init__(self, linear: nn.Linear, name: str) -> None:
-        super().__init__()
-        if linear.bias is not None:
-            raise LoRAError("A Linear with a bias is not quantised.", found=repr(linear))
+        super().__init__(linear)
         if linear.weight.numel() % _BLOCK:
             raise LoRAError("A quantised weight is whole blocks.", found=repr(linear), expected=f"of {_BLOCK} elements")
-        self.in_features: int = linear.in_features
-        self.out_features: int = linear.out_features
         self.name: str = name
-        self.bias = None
         self._hold(linear.weight.detach(), linear.weight.device)
 
     def _hold(self, weight: Tensor, device: torch.device) -> None:
@@ -153,11 +213,6 @@ class QuantizedLinear(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of `weight`, at no cost."""
         return torch.bfloat16
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:
@@ -177,21 +232,8 @@ class QuantizedLinear(nn.Module):
         self.scale = self.scale.to(self.data.device)
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight.cpu()
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, _: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
-    ) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is self:
-            return
-        if weight is None:
-            missing.append(f"{prefix}weight")
-        elif tuple(weight.shape) != self.shape:
-            errors.append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} for {self.shape}")
-        else:
-            self._hold(weight.detach(), self.data.device)
+    def _take(self, weight: Tensor) -> None:
+        self._hold(weight, self.data.device)
 
 
 class _Product(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import Any
 from ..apply import apply_lora
 from ..checkpoint.training import load_adapters_through, save_adapters_only
 from ..lora import from_openpi, lora_layers
-from ..lora.quantized import quantize, require
+from ..lora.quantized import UnusedLinear, quantize, require
 from ..replace import replace
 from ..settings import Settings
 from . import openpi_fast, openpi_training, paligemma
@@ -51,6 +51,8 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
             apply_lora(self, **adapters, preset=settings.freeze)
             if settings.base != "bf16":
                 quantize(lora_layers(self).values(), settings.base)
+                expert = self.paligemma_with_expert.gemma_expert
+                expert.lm_head = UnusedLinear(expert.lm_head)
             openpi_fast.enable(self)
             load_adapters_through(self, settings.base_weights)
             openpi_training.patch(script, adapters_only=settings.save == "adapter")
