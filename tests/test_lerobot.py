@@ -292,6 +292,17 @@ def test_training_the_expert_only_contradicts_adapters_in_paligemma(full_precisi
         full_precision.Model(full_precision.config(**LORA, train_expert_only=True))
 
 
+def test_a_quantised_base_is_refused(full_precision):
+    openpi_lora_patch.deactivate()
+    try:
+        openpi_lora_patch.activate(base="int8")
+        with pytest.raises(LoRAError, match="no quantised base"):
+            full_precision.Model(full_precision.config(**LORA))
+    finally:
+        openpi_lora_patch.deactivate()
+        openpi_lora_patch.activate()
+
+
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_a_policy_trains_its_adapters_and_acts(client, mixed_precision):
     """With the calls that `lerobot-train` makes."""

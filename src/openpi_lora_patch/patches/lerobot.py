@@ -73,6 +73,10 @@ def _without_suffix(original: Any) -> Any:
 def _building(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if settings.base != "bf16" and {config.paligemma_variant, config.action_expert_variant} & _VARIANTS.keys():
+            raise LoRAError(
+                "lerobot's models have no quantised base.", found=f"OPENPI_LORA_BASE={settings.base}", fix="unset it"
+            )
         # Up to 0.4.2 the config has no such switch.
         if config.paligemma_variant in _VARIANTS and getattr(config, "train_expert_only", False):
             raise LoRAError(
