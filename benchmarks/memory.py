@@ -45,16 +45,17 @@ def cap(gib: float | None) -> None:
 
 
 def fits(model: Any, size: int) -> dict[str, float] | None:
-    """Two steps after the one that makes the optimizer's state; None where they run out of memory."""
+    """A step after three others; None where they run out of memory."""
     try:
-        row = train.measure(model, size, 1)
-        return {"batch": size, "ms": row["ms"], "peak GiB": row["peak GiB"]}
+        step = train.measure(model, size, 1)
+        row = {"batch": size, "ms": step["ms"], "peak GiB": step["peak GiB"]}
     except torch.cuda.OutOfMemoryError:
-        return None
-    finally:
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        row = None
+    # Not before the exception, which holds the step's tensors, is gone.
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
 
 
 def largest(model: Any, least: int, until: float) -> dict[str, float] | None:
