@@ -1,0 +1,82 @@
+"""Run the tests of others with OPENPI_LORA=1 and without, and compare what became of each.
+
+    python tests/others.py CHECKOUT tests/models/gemma tests/models/paligemma tests/models/siglip
+
+CHECKOUT is a checkout of transformers (or of PEFT) at the release that is installed, outside this project. What comes
+after the test files goes to pytest. A test that the network, a GPU or a package is missing for has to end equally both
+ways. Exits 1 on a difference, 2 where nothing was compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+
+OUTCOMES = ("failure", "error", "skipped")
+
+
+def environment(*, on: bool) -> dict[str, str]:
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("OPENPI_LORA")}
+    clean |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
+    return clean | {"OPENPI_LORA": "1" if on else "0"}
+
+
+def active(checkout: pathlib.Path, *, on: bool) -> bool:
+    """Whether a process that imports Gemma there is patched."""
+    code = (
+        "import transformers\n"
+        "from transformers.models.gemma import modeling_gemma as gemma\n"
+        "print(hasattr(gemma.GemmaForCausalLM.__init__, '__wrapped__'), transformers.__version__)"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=checkout, env=environment(on=on), capture_output=True, text=True, check=True)
+    patched, release = found.stdout.split()
+    print(f"transformers {release}, {'with' if patched == 'True' else 'without'} the patches", flush=True)
+    return patched == "True"
+
+
+def outcomes(checkout: pathlib.Path, arguments: list[str], *, on: bool) -> dict[str, str]:
+    """What became of each test, by its name: passed, failure, error or skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        subprocess.run(command, cwd=checkout, env=environment(on=on), stdout=subprocess.DEVNULL, check=False)
+        if not report.exists():
+            raise SystemExit(f"{' '.join(command)} wrote no report")
+        cases = xml.etree.ElementTree.parse(report).getroot().iter("testcase")
+        return {
+            f"{case.get('classname')}::{case.get('name')}": next(
+                (kind for kind in OUTCOMES if case.find(kind) is not None), "passed"
+            )
+            for case in cases
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare; returns 0 where everything is equal, 1 on a difference, 2 where there was nothing to compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=pathlib.Path)
+    parser.add_argument("tests", nargs="+", help="files, and options of pytest")
+    options, more = parser.parse_known_args(arguments)
+    if active(options.checkout, on=False) or not active(options.checkout, on=True):
+        print("OPENPI_LORA does not switch the patches on and off here")
+        return 2
+    without, patched = (outcomes(options.checkout, options.tests + more, on=on) for on in (False, True))
+    print(f"{len(without)} tests without: {dict(collections.Counter(without.values()))}")
+    print(f"{len(patched)} tests with: {dict(collections.Counter(patched.values()))}")
+    different = [name for name in without.keys() | patched if without.get(name) != patched.get(name)]
+    for name in sorted(different):
+        print(f"{name}: {without.get(name)} without, {patched.get(name)} with")
+    if "passed" not in without.values():
+        return 2
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
