@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from golden import GOLDEN
-from openpi_lora_patch.checkpoint import adapters, jax
+from openpi_lora_patch.checkpoint import adapters, jax, jax_layout
 from openpi_lora_patch.errors import CheckpointError
 from openpi_lora_patch.pi0 import PI0, PI0Config, Tower
 from openpi_lora_patch.reference import distance
@@ -95,7 +95,7 @@ def test_vision_and_heads_have_the_names_and_shapes_of_pytorch():
     state = built.state_dict()
     found = {}
     for name, shape in SIGLIP.items():
-        found |= dict(jax._base_tensors(name, torch.randn(shape)))
+        found |= dict(jax_layout.base_tensors(name, torch.randn(shape)))
     wanted = {n: tuple(t.shape) for n, t in state.items() if "vision" in n or "multi_modal" in n or "_expert" not in n}
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == wanted
 
@@ -143,4 +143,4 @@ def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(tmp_path):
             jax.convert(source, tmp_path / "out", merged=torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
     with pytest.raises(CheckpointError, match="do not have"):
-        list(jax._base_tensors("PaliGemma/llm/layers/attn/qkv_einsum/w", torch.zeros(1, 2)))
+        list(jax_layout.base_tensors("PaliGemma/llm/layers/attn/qkv_einsum/w", torch.zeros(1, 2)))

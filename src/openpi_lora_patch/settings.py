@@ -11,6 +11,7 @@ from .errors import SettingsError
 
 SWITCH = "OPENPI_LORA"
 FREEZE_PRESETS = ("default", "jax", "adapters")
+PARAMETRISATIONS = ("peft", "jax")
 
 
 def _boolean(text: str) -> bool:
@@ -47,6 +48,8 @@ class Settings:
     Attributes:
         allow_untested: patch an untested transformers release, with a warning (`OPENPI_LORA_ALLOW_UNTESTED`).
         freeze: which parameters train beside the adapters (`OPENPI_LORA_FREEZE`), see `lora.freeze`.
+        parametrisation: of what parameters adapters are made (`OPENPI_LORA_PARAMETRISATION`): PEFT's, or those of
+            openpi's JAX code, see `lora.jax`; jax has `freeze` default to jax.
         dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
         joint: train with a forward of our own for both towers (`OPENPI_LORA_JOINT`); the rest are parts of it, each
             the same function of the weights, and "auto" on for GPUs from Ampere on.
@@ -69,6 +72,7 @@ class Settings:
 
     allow_untested: bool = False
     freeze: str = "default"
+    parametrisation: str = "peft"
     dropout: float = 0.0
     joint: bool = True
     attention: str = "auto"
@@ -86,6 +90,7 @@ class Settings:
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "allow_untested": (_boolean, "0 or 1"),
     "freeze": (_preset, " or ".join(FREEZE_PRESETS)),
+    "parametrisation": _choice(*PARAMETRISATIONS),
     "dropout": (_dropout, "a number from 0 up to, not including, 1"),
     "joint": (_boolean, "0 or 1"),
     "attention": _choice("auto", "sdpa", "eager"),
@@ -131,7 +136,10 @@ def read(environ: Mapping[str, str] = os.environ, **keywords: Any) -> Settings:
             expected=", ".join(f"{SWITCH}_{name.upper()}" for name in _READERS),
             fix="correct the spelling or remove it",
         )
-    return Settings(**{name: _read(source, text, *_READERS[name]) for name, (source, text) in values.items()})
+    settings = Settings(**{name: _read(source, text, *_READERS[name]) for name, (source, text) in values.items()})
+    if settings.parametrisation == "jax" and "freeze" not in values:
+        return dataclasses.replace(settings, freeze="jax")
+    return settings
 
 
 def _as_text(value: Any) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..distributed import fill, whole
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LoRAError
 from ..lora.config import LoRAConfig
 from ..lora.inject import lora_layers
 from ..lora.layer import LoRALinear
@@ -248,7 +248,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> Adapter:
 def fitting(
     model: nn.Module, adapter: Adapter, *, check_base: bool = True, base: Mapping[str, Tensor] | None = None
 ) -> Adapter:
-    """`adapter` under the names of `model`, once it is certain that it can be loaded there.
+    """`adapter` under the names of `model`, for its `targets`, once it is certain that it can be loaded there.
 
     Args:
         model: see `load_adapter`.
@@ -284,7 +284,7 @@ def fitting(
                 expected=wanted,
                 fix="first load the base checkpoint that it was trained on (OPENPI_LORA_BASE_WEIGHTS in serving)",
             )
-    return adapter
+    return _in_parameters_of(layers, adapter)
 
 
 def fingerprint(weights: Iterable[tuple[str, Any]]) -> str:
@@ -349,9 +349,19 @@ def targets(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """What each tensor of a fitting adapter is copied to."""
     targets = _whole(model, _saved_modules(model, adapter))
     for name, layer in lora_layers(model).items():
-        targets[peft.tensor_name(name, "lora_A")] = layer.lora_A
-        targets[peft.tensor_name(name, "lora_B")] = layer.lora_B
+        for matrix, parameter in zip(("lora_A", "lora_B"), layer.parameters(recurse=False), strict=True):
+            targets[peft.tensor_name(name, matrix)] = parameter
     return targets
+
+
+def _in_parameters_of(layers: Mapping[str, LoRALinear], adapter: Adapter) -> Adapter:
+    """The same with each B as the parameter that the model has for it."""
+    names = {name: peft.tensor_name(name, "lora_B") for name in layers}
+    try:
+        values = {names[name]: layer.parameter_for(adapter.tensors[names[name]]) for name, layer in layers.items()}
+    except LoRAError as error:
+        raise CheckpointError("The adapter is of another parametrisation; nothing was loaded.\n" + str(error)) from None
+    return dataclasses.replace(adapter, tensors=adapter.tensors | values)
 
 
 def _saved_modules(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -414,7 +424,8 @@ def _require_same_layers(layers: Mapping[str, LoRALinear], configs: Mapping[str,
             "The adapter has another rank or scaling than the model.",
             found=_some(other),
             expected="the model's",
-            fix="use the variants that it was trained with, or load it into a model without adapters",
+            fix="use the variants that it was trained with, with OPENPI_LORA_PARAMETRISATION=jax if that was JAX; or "
+            "load it into a model without adapters",
         )
 
 

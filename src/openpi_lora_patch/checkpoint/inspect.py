@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import adapters, files, jax
+from . import adapters, files
+from .orbax import JaxCheckpoint
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -47,7 +48,7 @@ def describe(path: files.Path, *, progress: Progress = iter) -> Description:
     if not path.exists():
         raise CheckpointError(f"{path} is not there.")
     if any((folder / "manifest.ocdbt").exists() for folder in (path, path / "params")):
-        return _jax(jax.JaxCheckpoint(path))
+        return _jax(JaxCheckpoint(path))
     if path.name == adapters.WEIGHTS:
         path = path.parent
     if (path / adapters.WEIGHTS).exists():
@@ -55,7 +56,7 @@ def describe(path: files.Path, *, progress: Progress = iter) -> Description:
     return _file(files.weights_file(path), progress)
 
 
-def _jax(source: jax.JaxCheckpoint) -> Description:
+def _jax(source: JaxCheckpoint) -> Description:
     ranks = sorted({shape[-1] for name, shape in source.shapes.items() if name.endswith("lora_a")})
     facts = {"tensors": str(len(source.shapes)), "values": f"{_count(source.shapes.values()):,}"}
     if not ranks:

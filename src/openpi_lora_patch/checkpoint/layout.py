@@ -33,11 +33,11 @@ def accept_base_checkpoints(model: nn.Module) -> None:
 def _before_load(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
     layers = {prefix + name: layer for name, layer in lora_layers(model).items()}
     _rename_base_layers(layers, state_dict)
-    adapters = {f"{name}.{matrix}" for name in layers for matrix in ("lora_A", "lora_B")}
-    if adapters.isdisjoint(state_dict):
-        _keep_adapters(layers, state_dict)
-    elif _is_transposed(layers, state_dict):
-        state_dict.update({name: state_dict[name].T for name in adapters & state_dict.keys()})
+    adapters = _adapters(layers)
+    if adapters.keys().isdisjoint(state_dict):
+        _keep_adapters(layers, adapters, state_dict)
+    elif _is_transposed(adapters, state_dict):
+        state_dict.update({name: state_dict[name].T for name in adapters.keys() & state_dict.keys()})
     _check_shapes(model, state_dict, prefix)
 
 
@@ -51,21 +51,27 @@ def _rename_base_layers(layers: dict[str, LoRALinear], state_dict: StateDict) ->
                 state_dict[wrapped] = state_dict.pop(plain)
 
 
-def _keep_adapters(layers: dict[str, LoRALinear], state_dict: StateDict) -> None:
+def _adapters(layers: dict[str, LoRALinear]) -> StateDict:
+    """The adapters' parameters by their names in a state dict."""
+    return {
+        f"{name}.{own}": parameter.detach()
+        for name, layer in layers.items()
+        for own, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def _keep_adapters(layers: dict[str, LoRALinear], adapters: StateDict, state_dict: StateDict) -> None:
     if not any(f"{name}.base_layer.weight" in state_dict for name in layers):
         return  # Nothing of these layers is in the file; the caller reports what is missing.
-    for name, layer in layers.items():
-        state_dict[f"{name}.lora_A"] = layer.lora_A.detach()
-        state_dict[f"{name}.lora_B"] = layer.lora_B.detach()
+    state_dict.update(adapters)
     logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
 
 
-def _is_transposed(layers: dict[str, LoRALinear], state_dict: StateDict) -> bool:
+def _is_transposed(adapters: StateDict, state_dict: StateDict) -> bool:
     """Whether every adapter matrix of the file fits transposed and some fit in no other way."""
     pairs = [
         (tuple(state_dict[key].shape), tuple(parameter.shape))
-        for name, layer in layers.items()
-        for key, parameter in ((f"{name}.lora_A", layer.lora_A), (f"{name}.lora_B", layer.lora_B))
+        for key, parameter in adapters.items()
         if key in state_dict
     ]
     return all(found == wanted[::-1] for found, wanted in pairs) and any(found != wanted for found, wanted in pairs)

@@ -23,7 +23,6 @@ _TIED = {
         "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
     )
 }
-_TORCH = {name: dtype for dtype, name in files.DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +117,9 @@ class Merging:
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         for name in self.names:
             piece = self.file.get_slice(name)
-            if (dtype := piece.get_dtype()) not in _TORCH:
+            if (dtype := piece.get_dtype()) not in files.TORCH_DTYPES:
                 raise CheckpointError("A base tensor is of no dtype that is merged.", found=f"{name} {dtype}")
-            yield name, _TORCH[dtype], tuple(piece.get_shape())
+            yield name, files.TORCH_DTYPES[dtype], tuple(piece.get_shape())
 
     def require_fit(self, check_base: bool) -> None:
         shapes = {name: shape for name, _, shape in self.specs()}

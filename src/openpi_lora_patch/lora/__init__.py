@@ -1,6 +1,6 @@
 """LoRA in plain torch: usable alone, on any model, without any patch."""
 
-from .config import LoRAConfig, from_openpi
+from .config import LoRAConfig, as_jax, from_openpi
 from .freeze import freeze, trainable_parameters
 from .inject import inject, lora_layers
 from .layer import LoRALinear
@@ -8,6 +8,7 @@ from .layer import LoRALinear
 __all__ = [
     "LoRAConfig",
     "LoRALinear",
+    "as_jax",
     "freeze",
     "from_openpi",
     "inject",

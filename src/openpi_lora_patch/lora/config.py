@@ -22,6 +22,8 @@ class LoRAConfig:
         alpha: numerator of the scaling.
         rslora: divide by sqrt(rank) in place of rank (Kalajdzievski 2023, arXiv:2312.03732).
         dropout: probability with which an element of the adapter's input is zeroed in training.
+        form: which parameters the two matrices are made of, see `lora.jax`.
+        heads: number of them, for the forms that have parameters for each.
 
     Raises:
         LoRAError: a rank below 1, an alpha that is not finite, or a dropout outside [0, 1).
@@ -31,6 +33,8 @@ class LoRAConfig:
     alpha: float
     rslora: bool = False
     dropout: float = 0.0
+    form: str = "plain"
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -65,3 +69,24 @@ def from_openpi(lora_configs: Mapping[str, Any], dropout: float = 0.0) -> dict[s
         for kind, theirs in lora_configs.items()
         for name in names[kind]
     }
+
+
+def as_jax(adapters: Mapping[str, LoRAConfig], heads: int) -> dict[str, LoRAConfig]:
+    """The same adapters as openpi's JAX code parametrises them (`openpi/models/{gemma,lora}.py`), see `lora.jax`.
+
+    Each query head has an A and a B of its own, which is an adapter of `heads` times the rank; each head has a B for
+    o_proj, and the Bs are added up; the FFN applies no scaling.
+
+    Args:
+        adapters: by Linear name, for one tower.
+        heads: of the tower's attention.
+    """
+    forms = {"q_proj": "per_head", "o_proj": "head_sum"}
+    jax = {}
+    for name, config in adapters.items():
+        rank = config.rank * (heads if name == "q_proj" else 1)
+        scaling = 1.0 if name in FFN else config.scaling
+        jax[name] = dataclasses.replace(
+            config, rank=rank, alpha=scaling * rank, rslora=False, form=forms.get(name, "jax"), heads=heads
+        )
+    return jax

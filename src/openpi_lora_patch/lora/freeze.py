@@ -31,7 +31,7 @@ def trainable_parameters(model: nn.Module, preset: str = "default") -> list[nn.P
     if preset not in FREEZE_PRESETS:
         raise LoRAError("Unknown freezing preset.", found=repr(preset), expected=", ".join(FREEZE_PRESETS))
     towers: Any = model.paligemma_with_expert
-    chosen = [p for layer in lora_layers(towers).values() for p in (layer.lora_A, layer.lora_B)]
+    chosen = [p for layer in lora_layers(towers).values() for p in layer.parameters(recurse=False)]
     if preset == "adapters":
         return chosen
     inside = {id(p) for p in towers.parameters()}

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from .config import LoRAConfig
+from .jax import FORMS
 from .layer import LoRALinear
 
 
@@ -42,7 +43,8 @@ def inject(root: nn.Module, targets: Mapping[str, LoRAConfig]) -> list[str]:
     if unfit:
         raise LoRAError("Some LoRA targets cannot take an adapter.", found=", ".join(unfit[:5]), expected="Linears")
     for parent, name, child in found.values():
-        setattr(parent, name, LoRALinear(child, targets[name]))
+        config = targets[name]
+        setattr(parent, name, FORMS[config.form](child, config))
     return list(found)
 
 

@@ -41,16 +41,25 @@ class LoRALinear(nn.Module):
         self.base_layer: Any = base_layer.requires_grad_(False)
         self.config = config
         self.scaling = config.scaling
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, dtype=torch.float32, device=device))
+        self.lora_A = self._parameter(config.rank, self.in_features)
+        self._make_B()
         self._unmerged: Tensor | None = None
         self.reset_parameters()
+
+    def _make_B(self) -> None:
+        self.lora_B = self._parameter(self.out_features, self.config.rank)
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=self.weight.device))
 
     def reset_parameters(self) -> None:
         """Start afresh: an adapter that changes nothing."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    def parameter_for(self, B: Tensor) -> Tensor:
+        """What the parameter that `lora_B` is made of holds when `lora_B` is to be `B` (out, r)."""
+        return B
 
     @property
     def weight(self) -> Tensor:
@@ -118,7 +127,7 @@ class LoRALinear(nn.Module):
         return f"rank={self.config.rank}, scaling={self.scaling:g}, merged={self.merged}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        adapters = {id(t) for p in (self.lora_A, self.lora_B) for t in (p, p.grad) if t is not None}
+        adapters = {id(t) for p in self.parameters(recurse=False) for t in (p, p.grad) if t is not None}
 
         def move_only(tensor: Tensor) -> Tensor:
             if id(tensor) not in adapters:

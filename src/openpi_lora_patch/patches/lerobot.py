@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..apply import apply_lora
 from ..errors import CheckpointError, LoRAError
-from ..lora import LoRAConfig, lora_layers
+from ..lora import LoRAConfig, as_jax, lora_layers
 from ..lora.config import ATTENTION, FFN
 from ..lora.freeze import check_frozen
 from ..replace import replace
@@ -28,6 +28,7 @@ from ..settings import Settings
 # Adapters on all seven Linears of a layer, by variant; the tower is the variant without its suffix.
 _SUFFIX = "_lora"
 _VARIANTS = {"gemma_2b_lora": LoRAConfig(rank=16, alpha=16.0), "gemma_300m_lora": LoRAConfig(rank=32, alpha=32.0)}
+_HEADS = 8
 
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
@@ -86,8 +87,8 @@ def _building(original: Any, settings: Settings) -> Any:
             )
         original(self, config, *args, **kwargs)
         adapters = {
-            "paligemma": _adapters(config.paligemma_variant, settings.dropout),
-            "action_expert": _adapters(config.action_expert_variant, settings.dropout),
+            "paligemma": _adapters(config.paligemma_variant, settings),
+            "action_expert": _adapters(config.action_expert_variant, settings),
         }
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
@@ -95,10 +96,12 @@ def _building(original: Any, settings: Settings) -> Any:
     return __init__
 
 
-def _adapters(variant: str, dropout: float) -> dict[str, LoRAConfig]:
+def _adapters(variant: str, settings: Settings) -> dict[str, LoRAConfig]:
     if variant not in _VARIANTS:
         return {}
-    return dict.fromkeys(ATTENTION + FFN, dataclasses.replace(_VARIANTS[variant], dropout=dropout))
+    config = dataclasses.replace(_VARIANTS[variant], dropout=settings.dropout)
+    adapters = dict.fromkeys(ATTENTION + FFN, config)
+    return as_jax(adapters, _HEADS) if settings.parametrisation == "jax" else adapters
 
 
 def _holding_the_freeze(original: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..apply import apply_lora
 from ..checkpoint.training import load_adapters_through, save_adapters_only
-from ..lora import from_openpi, lora_layers
+from ..lora import LoRAConfig, as_jax, from_openpi, lora_layers
 from ..lora.quantized import UnusedLinear, quantize, require
 from ..replace import replace
 from ..settings import Settings
@@ -41,7 +41,7 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
         with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext():
             original(self, config)
         adapters = {
-            tower: from_openpi(module._gemma.get_config(variant).lora_configs, settings.dropout)
+            tower: _adapters(module._gemma.get_config(variant), settings)
             for tower, variant in (
                 ("paligemma", config.paligemma_variant),
                 ("action_expert", config.action_expert_variant),
@@ -60,6 +60,11 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
                 save_adapters_only(self)
 
     return __init__
+
+
+def _adapters(variant: Any, settings: Settings) -> dict[str, LoRAConfig]:
+    adapters = from_openpi(variant.lora_configs, settings.dropout)
+    return as_jax(adapters, variant.num_heads) if settings.parametrisation == "jax" else adapters
 
 
 def _channels_first(original: Any) -> Any:
