@@ -18,10 +18,11 @@ pytest.importorskip("tensorstore", reason="tensorstore is not installed")
 import jax.numpy as jnp
 import openpi
 import openpi.models.model as openpi_model
+import openpi.models.pi0 as openpi_pi0
+import openpi.models_pytorch.pi0_pytorch as pi0_pytorch
 import openpi.models_pytorch.preprocessing_pytorch as preprocessing
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 
 import jax_reference as reference
 from openpi_lora_patch.apply import apply_lora
@@ -43,8 +44,14 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 def _tiny(monkeypatch):
     right = preprocessing.preprocess_observation_pytorch
     monkeypatch.setattr(preprocessing, "preprocess_observation_pytorch", lambda seen, train: right(seen, train=False))
+    # JAX rounds angles of up to 1570 to float32, which is worth 6e-5 in the time's embedding; PyTorch does not.
+    monkeypatch.setattr(pi0_pytorch, "create_sinusoidal_pos_embedding", jaxs_embedding)
     with reference.tiny(VOCABULARY), paligemma.vision_config(**VISION):
         yield
+
+
+def jaxs_embedding(time, dimension, min_period, max_period, device):
+    return reference.tensor(openpi_pi0.posemb_sincos(jnp.asarray(time.numpy()), dimension, min_period, max_period))
 
 
 def observation():
@@ -73,7 +80,7 @@ def restored(folder):
 @KINDS
 def test_what_was_trained_here_is_the_same_model_in_jax(pi05, tmp_path):
     torch.manual_seed(0)
-    model = PI0Pytorch(reference.config(pi05))
+    model = pi0_pytorch.PI0Pytorch(reference.config(pi05))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     save_base(model, tmp_path / "base")
@@ -105,7 +112,7 @@ def test_what_jax_trained_trains_on_here(pi05, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("openpi_lora_patch.patches.openpi._adapters", lambda *_: {})
-        model = PI0Pytorch(reference.config(pi05))
+        model = pi0_pytorch.PI0Pytorch(reference.config(pi05))
     state["paligemma_with_expert.paligemma.lm_head.weight"] = embedding
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
@@ -157,7 +164,6 @@ def openpis_conversion(folder, pi05):
 
 SETTING = """
 import openpi.training.config as training
-from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from openpi_lora_patch.lora import lora_layers
 model = PI0Pytorch(training.get_config("debug_lora_pytorch").model)
 layers = lora_layers(model)
