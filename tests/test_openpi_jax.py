@@ -164,6 +164,7 @@ def openpis_conversion(folder, pi05):
 
 SETTING = """
 import openpi.training.config as training
+from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 from openpi_lora_patch.lora import lora_layers
 model = PI0Pytorch(training.get_config("debug_lora_pytorch").model)
 layers = lora_layers(model)
