@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
             check_base=not options.any_base,
             progress=lambda names: tqdm.tqdm(names, desc="merging", file=sys.stderr),
         )
-        print(f"{'linear':<84} {'worst error':>12} {'mean error':>12} {'kept':>7}")
+        print(f"{'linear':<84} {'worst error':>12} {'mean error':>12} {'kept':>7} {'drift':>7}")
         for name, cost in report.items():
-            print(f"{name:<84} {cost.worst:12.3e} {cost.mean:12.3e} {cost.kept:7.4f}")
+            print(f"{name:<84} {cost.worst:12.3e} {cost.mean:12.3e} {cost.kept:7.4f} {cost.drift:7.4f}")
         if options.actions:
             _print_effect_on_actions(options)
     except (OpenpiLoraError, OSError) as error:
