@@ -20,6 +20,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
+from golden import GOLDEN
 from openpi_lora_patch import compat, convert, settings
 from openpi_lora_patch import inspect as inspect_command
 from openpi_lora_patch.checkpoint import adapters, layout, merge, optimizer, training
@@ -364,3 +365,38 @@ def test_only_the_linear_that_an_adapter_names_gets_it(tmp_path):
     )
     adapters.load_adapter(model, tmp_path / "a")
     assert list(lora_layers(model)) == ["q"]
+
+
+@many(60)
+@given(data=st.data())
+def test_a_damaged_jax_checkpoint_is_refused_or_taken_whole(tmp_path, data):
+    pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    source, out = tmp_path / "jax", tmp_path / "out"
+    for path in (source, out):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(GOLDEN / "jax_lora_pi0_checkpoint", source)
+    path = data.draw(st.sampled_from(sorted(path for path in source.rglob("*") if path.is_file())))
+    path.write_bytes(damaged(path.read_bytes() or bytes(9), data))
+    options = data.draw(st.sampled_from([[], ["--merged", "float32"]]))
+    assert inspect_command.main([str(source)]) in (0, 1)
+    written = convert.main(["jax", str(source), "--out", str(out), *options]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"jax"} | ({"out"} if written else set())
+    if written and not options:
+        assert adapters.read_adapter(out).lora
+
+
+@pytest.mark.parametrize(
+    "array", [None, {}, {"shape": 3}, {"shape": [2**62, 2]}, {"shape": []}, {"shape": [2**40, 8, 8]}, {"dtype": "<u9"}]
+)
+def test_a_jax_array_that_lies_about_itself_is_refused(tmp_path, array):
+    tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    shutil.copytree(GOLDEN / "jax_lora_pi0_checkpoint", tmp_path / "jax")
+    spec = {"driver": "ocdbt", "base": f"file://{tmp_path / 'jax' / 'params'}/"}
+    store = tensorstore.KvStore.open(spec).result()
+    key = next(key for key in store.list().result() if key.endswith(b"q_einsum.lora_a/.zarray"))
+    value = array and {**json.loads(store.read(key).result().value), **array}
+    store.write(key, json.dumps(value).encode()).result()
+    assert inspect_command.main([str(tmp_path / "jax")]) in (0, 1)
+    for options in ([], ["--merged", "float32"]):
+        assert convert.main(["jax", str(tmp_path / "jax"), "--out", str(tmp_path / "out"), *options]) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["jax"]

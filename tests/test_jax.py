@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from golden import GOLDEN
-from openpi_lora_patch.checkpoint import adapters, jax, jax_layout
+from openpi_lora_patch.checkpoint import adapters, jax, jax_layout, orbax
 from openpi_lora_patch.errors import CheckpointError
 from openpi_lora_patch.pi0 import PI0, PI0Config, Tower
 from openpi_lora_patch.reference import distance
@@ -75,6 +75,28 @@ def test_adapters_and_merged_are_what_jax_computes(tmp_path, monkeypatch, kind, 
     adapters.load_adapter(built, tmp_path / "adapter")
     assert_outputs(built, data)
     assert adapters.read_adapter(tmp_path / "adapter").metadata["openpi_config"] == "mine"
+
+
+@pytest.mark.parametrize("whole", ["", "_1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tower_that_jax_trained_whole_comes_with_the_adapters_of_the_other(tmp_path, monkeypatch, kind, whole):
+    data = golden(kind, rslora=False)
+    source = orbax.JaxCheckpoint(checkpoint(kind))
+    left_out = [base for base in jax._Lora(source, ALPHA, False).bases if jax_layout.split(base)[1] == whole]
+    names = set(source.shapes) - {name for base in left_out for name in jax_layout.lora_names(base)}
+    tensors = {name: source.read(name) for name in names}
+    (tmp_path / "jax").mkdir()
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    orbax.write(tmp_path / "jax", specs, ((name, None, tensor) for name, tensor in tensors.items()))
+    jax.convert(tmp_path / "jax", tmp_path / "merged", alpha=ALPHA, merged=torch.float32)
+    jax.convert(tmp_path / "jax", tmp_path / "adapter", alpha=ALPHA)
+    built, expected = model(kind, without_lora(kind, monkeypatch, tmp_path)), model(kind, tmp_path / "merged")
+    tower = built.get_submodule(jax_layout.TOWERS[whole])
+    for parameter in tower.parameters():
+        parameter.data.add_(0.1)  # What the tower was before the run.
+    adapters.load_adapter(built, tmp_path / "adapter")
+    for found, wanted in zip(outputs(built, data), outputs(expected, data), strict=True):
+        assert distance(found, wanted) <= BOUND
 
 
 def test_the_data_can_tell_another_scaling(tmp_path):

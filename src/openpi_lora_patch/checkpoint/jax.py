@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..lora.config import LoRAConfig
 from . import adapters, files, peft
 from .jax_layout import (
+    EMBEDDING,
     EXPERT_HEAD,
     PROJECTOR,
     TOWERS,
@@ -98,21 +99,24 @@ def _merged_tensors(source: JaxCheckpoint, lora: _Lora, names: Iterable[str], re
 
 
 def _trained_tensors(lora: _Lora, names: Iterable[str], read: Callable[[str], Tensor]) -> Named:
-    """The adapters, and what openpi's JAX LoRA runs train besides: SigLIP, projector and heads."""
+    """The adapters, and what openpi's JAX LoRA runs train besides: SigLIP, projector, heads, a tower without any."""
+    adapted = {split(base)[1] for base in lora.bases}
     for name in names:
         for linear, A, B, _ in lora.pairs(name, read):
             yield peft.tensor_name(linear, "lora_A"), A
             yield peft.tensor_name(linear, "lora_B"), B
-        if not name.startswith("PaliGemma/llm/"):
+        if not name.startswith("PaliGemma/llm/") or split(name)[1] not in adapted:
             for own, value in base_tensors(name, read(name)):
-                yield peft.PREFIX + own, value.float()
+                # Saved by module: the embedding goes by its name in the tower, not by that of the head tied to it.
+                yield peft.PREFIX + own.replace(EMBEDDING, f"{TOWERS['']}.embed_tokens.weight"), value.float()
 
 
 def _write_merged(
     source: JaxCheckpoint, lora: _Lora, out: pathlib.Path, dtype: torch.dtype, progress: Callable[..., Iterable[str]]
 ) -> None:
     names = _bases(source)
-    specs = {name: (dtype, tuple(t.shape)) for name, t in _merged_tensors(source, lora, names, _shape_only(source))}
+    planned = _planned(_merged_tensors(source, lora, names, _shape_only(source)))
+    specs = {name: (dtype, shape) for name, (_, shape) in planned.items()}
     with files.creating(out) as temporary:
         tensors = _merged_tensors(source, lora, progress(names), source.read)
         cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
@@ -129,7 +133,7 @@ def _write_adapter(
     if not lora.bases:
         raise CheckpointError("The JAX checkpoint holds no adapters.", fix="convert it merged, as a base checkpoint")
     names, shape_only = _bases(source), _shape_only(source)
-    specs = {name: (t.dtype, tuple(t.shape)) for name, t in _trained_tensors(lora, names, shape_only)}
+    specs = _planned(_trained_tensors(lora, names, shape_only))
     configs = {
         linear: LoRAConfig(rank=A.shape[0], alpha=factor * A.shape[0])
         for base in lora.bases
@@ -150,6 +154,14 @@ def _write_adapter(
         files.write_tensors(temporary / adapters.WEIGHTS, specs, tensors, header)
 
 
+def _planned(tensors: Named) -> dict[str, files.Spec]:
+    """Dtype and shape by name, of tensors without values."""
+    try:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise CheckpointError("The tensors have not the shapes of openpi's models.", found=str(error)[:500]) from None
+
+
 def _adapted_weights(source: JaxCheckpoint, lora: _Lora, configs: Mapping[str, LoRAConfig]) -> Named:
     for base in lora.bases:
         for name, tensor in base_tensors(base, source.read(base)):
@@ -160,7 +172,8 @@ def _adapted_weights(source: JaxCheckpoint, lora: _Lora, configs: Mapping[str, L
 def _saved_modules(names: Iterable[str]) -> list[str]:
     plain = [name.removeprefix(peft.PREFIX) for name in names if ".lora_" not in name]
     heads = {name.partition(".")[0] for name in plain if not name.startswith("paligemma_with_expert.")}
-    towers = {module for module in (VISION, PROJECTOR) for name in plain if name.startswith(f"{module}.")}
+    parts = (VISION, PROJECTOR, *TOWERS.values())
+    towers = {module for module in parts for name in plain if name.startswith(f"{module}.")}
     return sorted(heads | towers)
 
 

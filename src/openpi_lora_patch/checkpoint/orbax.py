@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from . import files
+
+_DTYPES = ("<f4", "<f2", "bfloat16")
+_MOST_ELEMENTS = 2**32  # A header that lies takes no memory; openpi's largest tensor has 2**30.2.
 
 
 class JaxCheckpoint:
@@ -25,7 +29,7 @@ class JaxCheckpoint:
         shapes: by name, "PaliGemma/llm/layers/attn/q_einsum/w".
 
     Raises:
-        CheckpointError: no such checkpoint, or no tensorstore.
+        CheckpointError: no such checkpoint, one that cannot be read, or no tensorstore.
     """
 
     def __init__(self, path: files.Path) -> None:
@@ -49,7 +53,7 @@ class JaxCheckpoint:
         try:
             spec = {"driver": "zarr", "kvstore": self._kvstore(self._keys[name] + "/")}
             array = self._tensorstore.open(spec).result().read().result()
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{name} cannot be read.", found=str(error)[:500]) from None
         if array.dtype.name == "bfloat16":  # numpy has it from a package that torch does not know
             return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
@@ -58,10 +62,18 @@ class JaxCheckpoint:
     def _kvstore(self, path: str) -> dict[str, str]:
         return _kvstore(self._folder, path)
 
-    def _add(self, key: str, array: dict[str, Any]) -> None:
+    def _add(self, key: str, array: Any) -> None:
+        _require_sane(key, array)
         # A checkpoint of a training state has ".value" behind each name.
         name = key.removeprefix("params.").removesuffix(".value").replace(".", "/")
         self._keys[name], self.shapes[name] = key, tuple(array["shape"])
+
+
+def _require_sane(key: str, array: Any) -> None:
+    shape = array.get("shape") if isinstance(array, dict) and array.get("dtype") in _DTYPES else None
+    sizes = shape if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else []
+    if not sizes or math.prod(sizes) > _MOST_ELEMENTS:
+        raise ValueError(f"{key} describes no tensor: {str(array)[:200]}")
 
 
 def write(
