@@ -1,4 +1,6 @@
-"""Sampling actions with one sample: without adapters, with them merged, with them apart. Also: injecting them.
+"""Sampling actions with one sample, eager and compiled: without adapters, with them merged, with them apart.
+
+Also: injecting them; and for each way to compile, how many graphs, breaks, recompiles and skipped CUDA graphs.
 
 Needs what `train.py` needs; run as `python benchmarks/infer.py`.
 """
@@ -10,11 +12,12 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
 import torch
+from torch._dynamo.utils import counters
 
 from openpi_lora_patch.lora import LoRAConfig, inject, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
@@ -32,35 +35,56 @@ def median(function: Callable[[], Any], times: int = 10) -> float:
     return statistics.median(found[2:])
 
 
+def measure(model: Any, observation: Any, noise: torch.Tensor, modes: list[str]) -> Iterator[tuple[str, float]]:
+    """Milliseconds of `sample_actions`, eager and in each of torch.compile's `modes`, and what Dynamo counted."""
+
+    def timed(sample: Callable[..., Any]) -> float:
+        return median(lambda: sample("cuda", observation, noise=noise))
+
+    yield "eager, ms", timed(model.sample_actions)
+    for mode in modes:
+        torch._dynamo.reset()
+        counters.clear()
+        start = time.perf_counter()
+        yield f"{mode}, ms", timed(torch.compile(model.sample_actions, mode=mode))
+        yield f"{mode}, s until measured", time.perf_counter() - start
+        # Without breaks, each graph after the first is a recompile.
+        yield f"{mode}, graphs", counters["stats"]["unique_graphs"]
+        yield f"{mode}, breaks", sum(counters["graph_break"].values())
+        yield f"{mode}, CUDA graphs skipped", counters["inductor"]["cudagraph_skips"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
+    parser.add_argument("--modes", nargs="*", default=["default", "reduce-overhead"], help="torch.compile's modes")
     options = parser.parse_args()
-    figures = {}
     model = models.build("full").eval()
     observation, _ = models.batch(model, 1)
     noise = torch.randn(1, model.config.action_horizon, model.config.action_dim, device="cuda")
+    figures = {}
 
-    def sample() -> Any:
-        return model.sample_actions("cuda", observation, noise=noise)
+    def report(name: str, value: float) -> None:
+        figures[name] = value
+        print(f"{name:44} {value:8.1f}", flush=True)
 
-    figures["no adapters, ms"] = median(sample)
+    def sample(how: str) -> None:
+        for name, value in measure(model, observation, noise, options.modes):
+            report(f"{how}, {name}", value)
+
+    sample("none")
     start = time.perf_counter()
     for tower, rank in models.RANKS.items():
         config = LoRAConfig(rank=rank, alpha=float(rank))
         inject(models.layers(model, tower), dict.fromkeys((*ATTENTION, *FFN), config))
     torch.cuda.synchronize()
     layers = lora_layers(model).values()
-    figures[f"swapping {len(layers)} Linears, ms"] = 1000 * (time.perf_counter() - start)
+    report(f"swapping {len(layers)} Linears, ms", 1000 * (time.perf_counter() - start))
     model.eval()
-    figures["adapters apart, ms"] = median(sample)
+    sample("apart")
     for layer in layers:
         layer.merge()
-    figures["adapters merged, ms"] = median(sample)
-    for layer in layers:
-        layer.unmerge()
-    for name, value in figures.items():
-        print(f"{name:32} {value:8.1f}")
+    sample("merged")
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ from ..lora import LoRAConfig, as_jax, from_openpi, lora_layers
 from ..lora.quantized import UnusedLinear, quantize, require
 from ..replace import replace
 from ..settings import Settings
-from . import openpi_fast, openpi_training, paligemma
+from . import openpi_fast, openpi_sample, openpi_training, paligemma
 from .openpi_variants import is_dummy
 
 # Beside openpi's `dummy` towers a full SigLIP would take 8 s a step on two cores.
@@ -28,6 +28,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     cls = module.PI0Pytorch
     script = undo.enter_context(contextlib.ExitStack())
     replace(undo, cls, "__init__", _building(cls.__init__, module, settings, script))
+    openpi_sample.patch(module, undo)
     replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
     openpi_fast.patch(module, settings, undo)
 
@@ -40,6 +41,7 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
         small = is_dummy(config.paligemma_variant)
         with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext():
             original(self, config)
+        openpi_sample.use_eager_attention(self.paligemma_with_expert)
         adapters = {
             tower: _adapters(module._gemma.get_config(variant), settings)
             for tower, variant in (
