@@ -90,11 +90,12 @@ class LoRALinear(nn.Module):
         Raises:
             LoRAError: training while merged, which would leave the adapter without a gradient.
         """
-        result = self.base_layer(x)
-        if self.merged:
+        if self._unmerged is not None:
             if self.training and torch.is_grad_enabled():
                 raise LoRAError("A merged adapter cannot be trained.", fix="call unmerge(), or eval() for inference")
-            return result
+            # Without a second `Module.__call__`, which one sample's small kernels do not hide.
+            return self.base_layer.forward(x)
+        result = self.base_layer(x)
         h = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype))
         return result + F.linear(h, (self.lora_B * self.scaling).to(x.dtype))
 
