@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENPI_LORA", "0")  # This process reads the guard's table and patches nothing.
+if "openpi_lora_patch" not in sys.modules:  # Not where a test imports this: its children would be switched off too.
+    os.environ.setdefault("OPENPI_LORA", "0")  # This process reads the guard's table and patches nothing.
 
 from openpi_lora_patch import compat
 
