@@ -274,3 +274,20 @@ def serve_and_ask(checkpoint, observation, shape, *, folder):
             server.wait()
     assert answer["actions"].shape == shape
     assert np.isfinite(answer["actions"]).all()
+
+
+def test_serving_builds_without_initialising_and_adapters_that_a_base_lacks_start_afresh(tmp_path):
+    sizes = {"action_expert_variant": "dummy", "pytorch_compile_mode": None, "action_horizon": 4}
+    base = PI0Pytorch(Pi0Config(paligemma_variant="dummy", **sizes))
+    safetensors.torch.save_model(base, tmp_path / "model.safetensors")
+    config, seed = Pi0Config(paligemma_variant="dummy_lora", **sizes), torch.get_rng_state()
+    model = config.load_pytorch(types.SimpleNamespace(model=config), str(tmp_path / "model.safetensors"))
+    state = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    for name, value in base.state_dict().items():
+        assert torch.equal(state[name], value), name
+    torch.set_rng_state(seed)
+    for layer in lora_layers(model).values():  # The only ones that drew random numbers.
+        expected = torch.empty_like(layer.lora_A)
+        torch.nn.init.kaiming_uniform_(expected, a=5**0.5)
+        assert torch.equal(layer.lora_A, expected)
+        assert not layer.lora_B.any()

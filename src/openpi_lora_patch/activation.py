@@ -22,6 +22,7 @@ PATCHES = {
     "transformers.models.gemma.modeling_gemma": "gemma",
     "transformers.models.paligemma.modeling_paligemma": "paligemma",
     "openpi.models.gemma": "openpi_variants",
+    "openpi.models.model": "openpi_model",
     "openpi.models_pytorch.pi0_pytorch": "openpi",
     "openpi.policies.policy": "openpi_policy",
     "openpi.training.config": "openpi_configs",

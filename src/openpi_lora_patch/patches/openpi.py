@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..apply import apply_lora
+from ..build import initialising
 from ..checkpoint.training import load_adapters_through, save_adapters_only
 from ..lora import LoRAConfig, as_jax, from_openpi, lora_layers
 from ..lora.quantized import UnusedLinear, quantize, require
@@ -39,7 +40,7 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
         if settings.base != "bf16":
             require(settings.base)
         small = is_dummy(config.paligemma_variant)
-        with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext():
+        with paligemma.vision_config(**_SMALL_VISION) if small else contextlib.nullcontext(), initialising():
             original(self, config)
         openpi_sample.use_eager_attention(self.paligemma_with_expert)
         adapters = {
