@@ -82,7 +82,7 @@ def activate(**settings: Any) -> None:
     """Patch transformers and openpi: what is loaded already at once, the rest as it loads. Twice is the same as once.
 
     Args:
-        settings: `allow_untested`, `freeze`, `dropout`; each overrides its `OPENPI_LORA_*` variable.
+        settings: those of `Settings`; each overrides its `OPENPI_LORA_*` variable.
 
     Raises:
         SettingsError: a setting has no meaning.

@@ -10,6 +10,7 @@ What it is made bfloat16 to quantises to the same bits again, so a checkpoint th
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 import importlib.util
@@ -113,7 +114,7 @@ def require(name: str) -> None:
         )
 
 
-class HeldLinear(nn.Module):
+class HeldLinear(nn.Module, abc.ABC):
     """A frozen Linear whose weight is no parameter, yet is in state dicts as one would be: `weight`, on the CPU.
 
     The layer itself, in a state dict that is loaded, stands for the weight that it has.
@@ -141,12 +142,13 @@ class HeldLinear(nn.Module):
         return self.out_features, self.in_features
 
     @property
+    @abc.abstractmethod
     def weight(self) -> Tensor:
         """The weight (out, in)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _take(self, weight: Tensor) -> None:
-        raise NotImplementedError
+        """Hold `weight` (out, in) from now on."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight.cpu()
