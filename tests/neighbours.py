@@ -148,7 +148,7 @@ def subclasses(activate):
         hidden_size=32,
     )
     models = {"early": early, "head": build(OwnHead, **marks), "model": build(OwnModel, **marks)}
-    models |= {"bare": build(GemmaModel, **marks), "paligemma": draw(OwnPaliGemma(config))}
+    models["paligemma"] = draw(OwnPaliGemma(config))
     found = {name: sorted({type(m).__qualname__ for m in model.modules()}) for name, model in models.items()}
     found |= {f"{name} step": step(models[name]) for name in ("early", "head")}
     images = torch.linspace(-1, 1, 3 * 28 * 28).reshape(1, 3, 28, 28).to(DEVICE)

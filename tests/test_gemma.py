@@ -10,8 +10,10 @@ from transformers import (
     GemmaForCausalLM,
     GemmaForSequenceClassification,
     GemmaForTokenClassification,
+    GemmaModel,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PaliGemmaModel,
 )
 
 from golden import GOLDEN, assert_same
@@ -60,6 +62,14 @@ def test_outputs_and_gradients(data):
     assert found.keys() == data.grads.keys()
     for name, gradient in found.items():
         assert_same(gradient, data.grads[name])
+
+
+def test_a_model_without_a_head_is_converted_too(data):
+    model = GemmaModel(GemmaConfig(**data.config["config"]))
+    model.config._attn_implementation = "eager"
+    state = {name.removeprefix("model."): tensor for name, tensor in data.state.items() if name.startswith("model.")}
+    model.load_state_dict(state)
+    assert_same(model(**inputs(data), use_cache=False).last_hidden_state, data.outputs["last_hidden_state"])
 
 
 def test_the_cache_is_read_and_does_not_grow(data):
@@ -141,23 +151,28 @@ def test_copies_compute_the_same(data, duplicate):
     assert torch.equal(twin.model(**inputs(data))[0], model.model(**inputs(data))[0])
 
 
-def test_image_features_are_not_scaled():
+@pytest.mark.parametrize(
+    ("cls", "prefix"), [(PaliGemmaForConditionalGeneration, "paligemma."), (PaliGemmaModel, "paligemma.model.")]
+)
+def test_image_features_are_not_scaled(cls, prefix):
     data = Reference(GOLDEN / "paligemma_image_features.safetensors")
     sizes = data.config["paligemma"]
     config = PaliGemmaConfig(
         text_config={"model_type": "gemma", **sizes["text"]},
         vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **sizes["vision"]},
     )
-    model = PaliGemmaForConditionalGeneration(config)
-    state = {name.removeprefix("paligemma."): tensor for name, tensor in data.state.items()}
-    assert set(model.state_dict()) == set(state)
-    model.load_state_dict(state)
+    built = cls(config)
+    state = {name.removeprefix(prefix): tensor for name, tensor in data.state.items() if name.startswith(prefix)}
+    assert set(built.state_dict()) == set(state)
+    built.load_state_dict(state)
     generator = torch.Generator().manual_seed(int(data.inputs["image_seed"]))
     images = torch.rand(2, 3, 224, 224, generator=generator) * 2 - 1
-    assert_same(model.model.get_image_features(images), data.outputs["image_features"])
-    assert model.language_model is model.model.language_model
-    assert model.vision_tower is model.model.vision_tower
-    assert model.multi_modal_projector is model.model.multi_modal_projector
+    model = getattr(built, "model", built)
+    assert_same(model.get_image_features(images), data.outputs["image_features"])
+    assert type(model.language_model).__module__.startswith("openpi_lora_patch.")
+    assert built.language_model is model.language_model
+    assert built.vision_tower is model.vision_tower
+    assert built.multi_modal_projector is model.multi_modal_projector
 
 
 def test_a_subclass_is_somebody_elses():

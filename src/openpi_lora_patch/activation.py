@@ -33,7 +33,10 @@ PATCHES = {
 CHECK = "transformers.models.siglip.check"
 _GEMMA = "transformers.models.gemma.modeling_gemma"
 
-_lock = threading.RLock()
+# `activate()` and `deactivate()` exclude each other. While they hold this, they import.
+_switching = threading.RLock()
+# Held for patching and undoing; nothing is imported meanwhile, so a thread that holds import locks may wait for it.
+_patching = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Status:
     Attributes:
         active: whether `activate()` is in force.
         settings: the settings in force, None while inactive.
-        modules: for each patched module "waiting" (not imported yet), "patched", or "refused: " and why.
+        modules: for each patched module "waiting" (not imported yet), "patched", "left alone: " and why (a release
+            that needs nothing of us), or "refused: " and why.
     """
 
     active: bool
@@ -55,7 +59,14 @@ class Status:
 class _Active:
     settings: Settings
     undo: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    patched: set[str] = dataclasses.field(default_factory=set)
+    modules: dict[str, str] = dataclasses.field(default_factory=dict)
+    ended: bool = False
+
+    def end(self) -> None:
+        """Restore what was patched; a thread that is about to patch finds that it may not any more."""
+        with _patching:
+            self.ended = True
+            self.undo.close()
 
 
 _active: _Active | None = None
@@ -72,6 +83,8 @@ def start() -> None:
         wanted = _settings.switched_on() is not False
         if wanted:
             activate()
+        else:
+            deactivate()
     except SettingsError as error:
         for name in PATCHES:
             hooks.refuse(name, error)
@@ -91,12 +104,13 @@ def activate(**settings: Any) -> None:
         CompatibilityError: a transformers release that was not tested is loaded.
     """
     global _active
-    with _lock:
+    with _switching:
         wanted = _settings.read(**settings)
         if _active is not None:
             _require_same(_active.settings, wanted)
             return
         _refuse_live_models()
+        hooks.remove()  # Refusals that a wrong setting left at start.
         starting = _Active(wanted)
         starting.undo.callback(hooks.remove)
         try:
@@ -104,7 +118,7 @@ def activate(**settings: Any) -> None:
             for name, patch in PATCHES.items():
                 hooks.on_import(name, functools.partial(_patch, starting, patch))
         except BaseException:
-            starting.undo.close()
+            starting.end()
             raise
         _active = starting
 
@@ -112,19 +126,20 @@ def activate(**settings: Any) -> None:
 def deactivate() -> None:
     """Restore every object that was changed. Models built meanwhile keep working as they are."""
     global _active
-    with _lock:
+    with _switching:
         if _active is not None:
-            _active.undo.close()
+            _active.end()
             _active = None
+        hooks.remove()
 
 
 def status() -> Status:
     """Where the patches stand, module by module."""
-    with _lock:
-        patched = _active.patched if _active is not None else set()
-        modules = {name: "patched" if name in patched else "waiting" for name in PATCHES}
-        modules |= {name: f"refused: {error}" for name, error in hooks.refused().items()}
-        return Status(_active is not None, _active.settings if _active is not None else None, modules)
+    active = _active
+    with _patching:
+        modules = dict.fromkeys(PATCHES, "waiting") | (active.modules if active is not None else {})
+    modules |= {name: f"refused: {error}" for name, error in hooks.refused().items()}
+    return Status(active is not None, active.settings if active is not None else None, modules)
 
 
 def _patch(active: _Active, patch: str, module: ModuleType) -> None:
@@ -132,10 +147,13 @@ def _patch(active: _Active, patch: str, module: ModuleType) -> None:
         from . import compat
 
         compat.check(module, allow_untested=active.settings.allow_untested)
-    with contextlib.ExitStack() as undo:
-        importlib.import_module(f".patches.{patch}", __package__).patch(module, active.settings, undo)
+    patches = importlib.import_module(f".patches.{patch}", __package__)
+    with _patching, contextlib.ExitStack() as undo:
+        if active.ended:
+            return
+        left_alone = patches.patch(module, active.settings, undo)
         active.undo.callback(undo.pop_all().close)
-    active.patched.add(module.__name__)
+        active.modules[module.__name__] = f"left alone: {left_alone}" if left_alone else "patched"
 
 
 def _populate_check(module: ModuleType) -> None:

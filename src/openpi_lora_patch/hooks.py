@@ -1,18 +1,19 @@
 """Run a function when a named module loads, refuse the module for good, or provide one that has no file.
 
-wrapt calls the function after the module's code has run. Around it stands one finder of our own on `sys.meta_path`,
-because wrapt alone forgets a hook once it ran: a module that is refused, or dropped from `sys.modules`, would load
-unpatched the next time. The finder also keeps wrapt (about 100 ms) out of processes that never import such a module.
+One finder on `sys.meta_path` does all three. It asks the finders beside it for the module, and waits for no lock.
+wrapt, whose finder asks `importlib.util.find_spec`, waits there for the parent package: where another thread is
+importing that package, which imports the module, both wait for ever (`tests/test_concurrency.py`).
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from .errors import ActivationError, OpenpiLoraError
 
@@ -21,8 +22,8 @@ Hook = Callable[[ModuleType], None]
 _hooks: dict[str, Hook] = {}
 _refused: dict[str, OpenpiLoraError] = {}
 _virtual: dict[str, Hook] = {}
-# Names that wrapt holds a pending registration for. It outlives `remove()`: wrapt cannot unregister.
-_armed: set[str] = set()
+# Held while nothing is imported, so that no refusal of a hook that was just removed is left behind.
+_lock = threading.Lock()
 
 
 def on_import(name: str, hook: Hook) -> None:
@@ -31,17 +32,20 @@ def on_import(name: str, hook: Hook) -> None:
     An error in `hook` makes the import fail, now and every later time until `remove()`.
 
     Raises:
-        ActivationError: the module's code is running right now, so that a hook would see half of it.
+        ActivationError: the module is being imported right now, here or in another thread: a hook would see half of it.
     """
     module = sys.modules.get(name)
-    if module is not None and getattr(module.__spec__, "_initializing", False):
+    _install()
+    _hooks[name] = hook
+    # An import that another thread began before the hook was there may not meet it.
+    half = _is_initializing(module) if module is not None else _is_imported_elsewhere(name) or name in sys.modules
+    if half:
+        del _hooks[name]
         raise ActivationError(
             f"{name} is being imported at this moment.",
             expected="openpi_lora_patch activated before or after that import",
             fix="make `import openpi_lora_patch` the first import of the program",
         )
-    _install()
-    _hooks[name] = hook
     if module is not None:
         hook(module)
 
@@ -67,10 +71,12 @@ def remove() -> None:
     """Forget every hook, refusal and provided module."""
     for name in _virtual:
         _forget_module(name)
-    for registry in (_hooks, _refused, _virtual):
-        registry.clear()
+    with _lock:
+        for registry in (_hooks, _refused, _virtual):
+            registry.clear()
     if _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
+        # A list of its own: a thread that is going through this one would pass over the finder after ours.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
 
 
 def _install() -> None:
@@ -85,19 +91,53 @@ def _forget_module(name: str) -> None:
         delattr(sys.modules[parent], leaf)
 
 
+def _is_initializing(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
+
+
+def _is_imported_elsewhere(name: str) -> bool:
+    # By CPython's own table of import locks in use. One of this thread, which runs this, has not searched yet.
+    locks: dict[str, Callable[[], Any]] = getattr(importlib._bootstrap, "_module_locks", {})
+    owner = getattr(locks.get(name, lambda: None)(), "owner", None)
+    return owner not in (None, threading.get_ident())
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name in _refused:
-            raise _refused[name].with_traceback(None)
-        if name in _virtual:
-            return importlib.machinery.ModuleSpec(name, _VirtualLoader(_virtual[name]))
-        if name in _hooks and name not in _armed:
-            _arm(name)
-            # wrapt may have put its finder before this one just now; asking again gives it its turn.
-            return importlib.util.find_spec(name)
-        return None
+        if (error := _refused.get(name)) is not None:
+            raise error.with_traceback(None)
+        if (populate := _virtual.get(name)) is not None:
+            return importlib.machinery.ModuleSpec(name, _VirtualLoader(populate))
+        if name not in _hooks:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        # Another finder may have come back to this one, as wrapt's does where others use it.
+        if spec is not None and spec.loader is not None and not isinstance(spec.loader, _HookedLoader):
+            spec.loader = _HookedLoader(spec.loader)
+        return spec
+
+
+class _HookedLoader(importlib.abc.Loader):
+    """Another loader, and the hook after it. A module that is loaded knows the other one only."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _loaded(module)
 
 
 class _VirtualLoader(importlib.abc.Loader):
@@ -114,27 +154,15 @@ class _VirtualLoader(importlib.abc.Loader):
 _finder = _Finder()
 
 
-def _arm(name: str) -> None:
-    try:
-        import wrapt
-    except ImportError as error:
-        # Not an ImportError: transformers would report it as a missing module, which callers swallow.
-        raise ActivationError(
-            "wrapt cannot be imported.", found=str(error), fix="pip install --force-reinstall wrapt"
-        ) from error
-    _armed.add(name)
-    wrapt.register_post_import_hook(_loaded, name)
-
-
 def _loaded(module: ModuleType) -> None:
     name = module.__name__
-    _armed.discard(name)
-    if name not in _hooks:
+    hook = _hooks.get(name)
+    if hook is None:
         return
     try:
-        _hooks[name](module)
+        hook(module)
     except OpenpiLoraError as error:
-        refuse(name, error)
+        _refuse_while_hooked(name, hook, error)
         raise
     except Exception as error:
         unexpected = ActivationError(
@@ -142,5 +170,11 @@ def _loaded(module: ModuleType) -> None:
             found=f"{type(error).__name__}: {error}",
             fix="run `python -m openpi_lora_patch.verify` and report what it prints",
         )
-        refuse(name, unexpected)
+        _refuse_while_hooked(name, hook, unexpected)
         raise unexpected from error
+
+
+def _refuse_while_hooked(name: str, hook: Hook, error: OpenpiLoraError) -> None:
+    with _lock:
+        if _hooks.get(name) is hook:
+            _refused[name] = error

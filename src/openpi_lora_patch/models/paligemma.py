@@ -39,9 +39,13 @@ class PaliGemmaForConditionalGeneration(stock.PaliGemmaForConditionalGeneration)
 
 def convert(paligemma: Any) -> None:
     """Turn a stock `PaliGemmaForConditionalGeneration`, weights and all, into the one above."""
-    model = paligemma.model
     paligemma.__class__ = PaliGemmaForConditionalGeneration
+    convert_model(paligemma.model)
+    paligemma.tie_weights()  # 5.0.0 leaves it out on the meta device.
+
+
+def convert_model(model: Any) -> None:
+    """Turn a stock `PaliGemmaModel`, weights and all, into the one above."""
     model.__class__ = PaliGemmaModel
     model.vision_tower = siglip.convert(model.vision_tower)
     gemma.convert(model.language_model)
-    paligemma.tie_weights()  # 5.0.0 leaves it out on the meta device.

@@ -6,8 +6,9 @@ openpi sets `use_adarms` on each of its Gemma configs, true or false: its presen
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+# True inside a constructor of an openpi model: its parts are converted with it, once all of its weights are there.
+_building = contextvars.ContextVar("_building", default=False)
 HEADS = ("GemmaForCausalLM", "GemmaForSequenceClassification", "GemmaForTokenClassification")
 
 
@@ -28,26 +31,38 @@ def is_openpi(config: Any) -> bool:
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
     """Convert openpi's Gemma models as they are built, and provide `_gated_residual`, which openpi calls."""
     replace(undo, module, "_gated_residual", gated_residual)
+    wrap_init(module.GemmaModel, undo, after=_convert)
     for name in HEADS:
-        wrap_init(getattr(module, name), undo, after=_convert)
+        wrap_init(getattr(module, name), undo, after=_convert_head)
 
 
 def wrap_init(
     cls: Any, undo: contextlib.ExitStack, *, after: Callable[[Any], None], before: Callable[[Any], None] | None = None
 ) -> None:
-    """When openpi builds a `cls`, and no subclass of it, call `before(config)` and `after(instance)`."""
+    """When openpi builds a `cls`, no subclass of it nor a part of a model: `before(config)`, then `after(instance)`."""
     original = cls.__init__
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        ours = type(self) is cls and is_openpi(config.get_text_config())
+        outermost = is_openpi(config.get_text_config()) and not _building.get()
+        ours = outermost and type(self) is cls
         if ours and before is not None:
             before(config)
-        original(self, config, *args, **kwargs)
+        with _inside() if outermost else contextlib.nullcontext():
+            original(self, config, *args, **kwargs)
         if ours:
             after(self)
 
     replace(undo, cls, "__init__", __init__)
+
+
+@contextlib.contextmanager
+def _inside() -> Iterator[None]:
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
 
 
 def gated_residual(x: Tensor | None, y: Tensor | None, gate: Tensor | None) -> Any:
@@ -57,7 +72,13 @@ def gated_residual(x: Tensor | None, y: Tensor | None, gate: Tensor | None) -> A
     return x + y if gate is None else x + y * gate
 
 
-def _convert(head: Any) -> None:
+def _convert(model: Any) -> None:
+    from ..models import gemma
+
+    gemma.convert(model)
+
+
+def _convert_head(head: Any) -> None:
     from ..models import gemma
 
     gemma.convert_head(head)

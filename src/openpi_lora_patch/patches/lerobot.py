@@ -31,13 +31,16 @@ _VARIANTS = {"gemma_2b_lora": LoRAConfig(rank=16, alpha=16.0), "gemma_300m_lora"
 _HEADS = 8
 
 
-def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
+def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> str | None:
     """Teach a `modeling_pi0` or `modeling_pi05` the variants, and make it say so when a LoRA policy fails to load.
 
     Other releases of lerobot are left alone: they build their pi0 from classes of their own, and need nothing of us.
+
+    Returns:
+        None, or why the module was left alone.
     """
     if not hasattr(module, "GemmaForCausalLM"):
-        return
+        return "this lerobot builds its pi0 from classes of its own"
     name = module.__name__.rpartition("_")[2].upper()
     config, model, policy = (getattr(module, name + part) for part in ("Config", "Pytorch", "Policy"))
     replace(undo, config, "__post_init__", _validating_the_tower(config.__post_init__))
@@ -46,6 +49,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     replace(undo, policy, "forward", _holding_the_freeze(policy.forward))
     replace(undo, policy, "load_state_dict", _loading(policy.load_state_dict))
     replace(undo, policy, "from_pretrained", classmethod(_loading_loudly(policy.from_pretrained.__func__)))
+    return None
 
 
 def _tower(variant: str) -> str:

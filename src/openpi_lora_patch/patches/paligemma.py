@@ -26,6 +26,7 @@ def vision_config(**sizes: int) -> Iterator[None]:
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
     """Convert openpi's PaliGemma models as they are built."""
+    gemma.wrap_init(module.PaliGemmaModel, undo, before=_fit_vision, after=_convert_model)
     gemma.wrap_init(module.PaliGemmaForConditionalGeneration, undo, before=_fit_vision, after=_convert)
 
 
@@ -34,6 +35,12 @@ def _fit_vision(config: Any) -> None:
     sizes = {"projection_dim": config.text_config.hidden_size, **(_vision.get() or {})}
     for name, value in sizes.items():
         setattr(config.vision_config, name, value)
+
+
+def _convert_model(built: Any) -> None:
+    from ..models import paligemma
+
+    paligemma.convert_model(built)
 
 
 def _convert(built: Any) -> None:
