@@ -18,9 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first that matches names a kernel's kind.
 KINDS = {
-    "attention": r"sdpa|flash|fmha|cudnn.*(attention|bprop|fprop)",
+    "attention": r"sdpa|flash|fmha|cudnn.*(attention|bprop|fprop)|^_(forward|slopes|row_products)$",
     "GEMM": r"gemm|nvjet|cutlass|xmma|wgmma",
     "GEGLU": r"^_geglu",
+    "adapters of gate and up": r"^_pair_backward",
     "RMS norm": r"^_rms_norm",
     "rotation": r"^_rotate",
     "adapters laid beside": r"^_beside",

@@ -6,20 +6,24 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import golden
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.models import joint, vision
+from openpi_lora_patch.models.attention import Prefix
+from openpi_lora_patch.models.shared_attention import SharedAttention
 from openpi_lora_patch.patches import openpi_fast
 from openpi_lora_patch.reference import Reference, distance
 from openpi_lora_patch.settings import Settings
 
-PLAIN = joint.Plan(sdpa=False, fused=False, trim=False, prune=False, compile=False, checkpoint="none")
+PLAIN = joint.Plan(attention="eager", fused=False, trim=False, prune=False, compile=False, checkpoint="none")
 CHANGES = [
-    {"sdpa": True}, {"fused": True}, {"prune": True}, {"checkpoint": "layer"}, {"checkpoint": "auto"},
-    {"sdpa": True, "fused": True, "prune": True}, {"sdpa": True, "fused": True, "prune": True, "checkpoint": "layer"},
+    {"attention": "sdpa"}, {"fused": True}, {"prune": True}, {"checkpoint": "layer"}, {"checkpoint": "auto"},
+    {"attention": "sdpa", "fused": True, "prune": True},
+    {"attention": "sdpa", "fused": True, "prune": True, "checkpoint": "layer"},
 ]  # fmt: skip
 MODELS = ("pi0", "pi05")
 
@@ -71,7 +75,7 @@ def test_every_part_on_gives_the_reference_outputs_in_float32(kind):
     model, inputs = data.pi0().eval().requires_grad_(False), data.inputs
     mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
     embeds, conds = [inputs["prefix_embs"], inputs["suffix_embs"]], (None, inputs.get("adarms_cond"))
-    chosen = joint.Plan(sdpa=True, fused=True, trim=True, prune=True, compile=False, checkpoint="none")
+    chosen = joint.Plan(attention="sdpa", fused=True, trim=True, prune=True, compile=False, checkpoint="none")
     _, suffix = joint.forward(model.paligemma_with_expert, embeds, mask, inputs["position_ids"], conds, chosen)
     assert distance(suffix, data.outputs["suffix_out"]) <= golden.TOLERANCE
 
@@ -145,18 +149,37 @@ def test_a_prefix_is_whole_where_nothing_left_of_it_is_masked(camera, prompts, w
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("prune", [False, True])
-def test_a_whole_prefix_needs_no_mask(kind, prune):
+@pytest.mark.parametrize(("attention", "whole"), [("sdpa", True), ("triton", True), ("triton", False)])
+def test_a_prefix_that_attends_to_all_of_itself_needs_no_mask(kind, prune, attention, whole):
     model, inputs = adapted(kind)
-    length = inputs["prefix_embs"].shape[1]
-    inputs["attention_allowed"] = inputs["attention_allowed"].clone()
-    inputs["attention_allowed"][:, :, :length, :length] = True
+    batch, length, _ = inputs["prefix_embs"].shape
+    there = torch.ones(batch, length, dtype=torch.bool)
+    if not whole:
+        there[0, length - 3 :] = False
+    allowed = inputs["attention_allowed"].clone()
+    allowed[:, :, :length, :length] = there[:, None, :, None] & there[:, None, None]
+    allowed[:, :, length:, :length] = there[:, None, None]
+    inputs["attention_allowed"] = allowed
     (_, expected), gradients = run(model, inputs, PLAIN)
-    plan = dataclasses.replace(PLAIN, sdpa=True, prune=prune)
-    (_, found), found_gradients = run(model, inputs, plan, whole_prefix=True)
+    plan = dataclasses.replace(PLAIN, attention=attention, prune=prune)
+    (_, found), found_gradients = run(model, inputs, plan, prefix=Prefix(there, whole))
     assert distance(found, expected) < 1e-6
     for name, gradient in gradients.items():
         scale = gradient.abs().max().clamp(min=1e-6)
         assert (found_gradients[name] - gradient).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_to_shared_keys_in_float64(masked):
+    query, key, value, grad = (torch.randn(2, n, 8, dtype=torch.float64) for n in (12, 5, 5, 12))
+    there = torch.tensor([[True, True, False, True, False], [False, False, True, True, True]]) if masked else None
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    mask = None if there is None else there[:, None].expand(-1, 12, -1)
+    expected = F.scaled_dot_product_attention(*inputs, mask)
+    found = SharedAttention.apply(*inputs, there)
+    pairs = zip(*((x, *torch.autograd.grad(x, inputs, grad)) for x in (found, expected)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_a_trained_model_can_be_copied():
@@ -191,9 +214,9 @@ def test_a_forward_that_broke_off_leaves_nothing_to_the_next(monkeypatch):
     model, inputs = adapted("pi0")
     openpi_fast.enable(model)
     embed_prefix = openpi_fast._trimming(lambda *_: None, Settings(trim="1"))
-    monkeypatch.setattr(openpi_fast, "_embedded", lambda *_: None)
+    monkeypatch.setattr(openpi_fast, "_embedded", lambda *_: (None, None, None))
     here, tokens = torch.ones(2, dtype=torch.bool), inputs["tokenized_prompt"]
     embed_prefix(model.train(), [tokens], [here], tokens, torch.ones_like(tokens, dtype=torch.bool))
-    assert model.paligemma_with_expert.whole_prefix
+    assert model.paligemma_with_expert.prefix.whole
     embed_prefix(model.eval(), [tokens], [here], tokens, torch.zeros_like(tokens, dtype=torch.bool))
-    assert not hasattr(model.paligemma_with_expert, "whole_prefix")
+    assert not hasattr(model.paligemma_with_expert, "prefix")

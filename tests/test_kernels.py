@@ -101,17 +101,22 @@ def test_an_input_that_needs_no_gradient_gets_none_and_the_adapters_do():
 
 
 def test_bfloat16_is_no_further_from_float64_than_the_plain_modules():
-    mlp, exact = Mlp((4, 4, 4), torch.bfloat16), Mlp((4, 4, 4))
-    exact.load_state_dict(mlp.state_dict())
-    x = torch.randn(512, 16, dtype=torch.bfloat16, requires_grad=True)
-    wide = x.detach().double().requires_grad_()
-    grad = torch.randn(512, 16, dtype=torch.bfloat16)
-    norm = kernels.Norm(torch.randn(16), EPS)
-    expected = results(through(exact, wide, kernels.Norm(norm.weight.double(), EPS)), wide, [exact], grad.double())
-    ours = results(kernels.feed_forward(x, mlp, norm), x, [mlp], grad)
-    plain = results(through(mlp, x, norm), x, [mlp], grad)
-    for a, b, c in zip(ours, plain, expected, strict=True):
-        assert (a.double() - c).norm() <= 1.05 * (b.double() - c).norm()
+    """Of output and every gradient, the errors of eight draws together: those of a single draw vary by a half."""
+    errors = torch.zeros(2, 8, dtype=torch.float64)
+    for _ in range(8):
+        mlp, exact = Mlp((4, 4, 4), torch.bfloat16), Mlp((4, 4, 4))
+        exact.load_state_dict(mlp.state_dict())
+        x = torch.randn(512, 16, dtype=torch.bfloat16, requires_grad=True)
+        wide = x.detach().double().requires_grad_()
+        grad = torch.randn(512, 16, dtype=torch.bfloat16)
+        norm = kernels.Norm(torch.randn(16), EPS)
+        expected = results(through(exact, wide, kernels.Norm(norm.weight.double(), EPS)), wide, [exact], grad.double())
+        ours = results(kernels.feed_forward(x, mlp, norm), x, [mlp], grad)
+        plain = results(through(mlp, x, norm), x, [mlp], grad)
+        errors += torch.tensor(
+            [[(a - b).square().sum() for a, b in zip(run, expected, strict=True)] for run in (ours, plain)]
+        )
+    assert (errors[0] <= errors[1]).all()
 
 
 def test_an_update_of_1e_4_arrives_whole():

@@ -53,7 +53,8 @@ class Settings:
         dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
         joint: train with a forward of our own for both towers (`OPENPI_LORA_JOINT`); the rest are parts of it, each
             the same function of the weights, and "auto" on for GPUs from Ampere on.
-        attention: torch's fused kernels, sdpa, or transformers' eager (`OPENPI_LORA_ATTENTION`).
+        attention: ours and torch's kernels, triton, torch's alone, sdpa, or transformers' eager
+            (`OPENPI_LORA_ATTENTION`).
         fused: Linears and MLPs with adapters as one function each (`OPENPI_LORA_FUSED`).
         trim: leave out cameras and prompt padding that are masked in the whole batch (`OPENPI_LORA_TRIM`).
         prune: leave out the part of the last prefix layer that nothing reads (`OPENPI_LORA_PRUNE`).
@@ -93,7 +94,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "parametrisation": _choice(*PARAMETRISATIONS),
     "dropout": (_dropout, "a number from 0 up to, not including, 1"),
     "joint": (_boolean, "0 or 1"),
-    "attention": _choice("auto", "sdpa", "eager"),
+    "attention": _choice("auto", "triton", "sdpa", "eager"),
     "fused": _choice("auto", "0", "1"),
     "trim": _choice("auto", "0", "1"),
     "prune": (_boolean, "0 or 1"),

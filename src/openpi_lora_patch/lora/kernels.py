@@ -207,15 +207,15 @@ class _FeedForward(torch.autograd.Function):
             hidden_grad = last.hidden_grad(out_grad)
             activation_grad = last.backward(out_grad, hidden_grad)
             wide, gate_up_grad = first.room(len(rows), first.out)
-            b_gate, b_up, a_last = pointwise.geglu_backward(
-                activation_grad, gate_up, inner, len(matrices_a[0]), hidden_grad, gate_up_grad
-            )
+            a_last = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, gate_up_grad)
             del activation_grad, gate_up
-            b_last = None if hidden is None else out_grad.T @ hidden
-            totals.add(b_gate=b_gate, b_up=b_up, a_last=a_last, b_last=b_last)
-            inner_grad = first.hidden_grad(gate_up_grad)
-            if inner_grad is not None:
-                totals.add(a_first=inner_grad.T @ _normalise(rows, norm, ctx.eps))
+            totals.add(a_last=a_last, b_last=None if hidden is None else out_grad.T @ hidden)
+            inner_grad = None
+            if first.b is not None:
+                ranks = len(matrices_a[0]), len(matrices_a[1])
+                inner_grad, (b_gate, b_up) = pointwise.pair_backward(gate_up_grad, cast(Tensor, inner), first.b, ranks)
+                a_first = inner_grad.T @ _normalise(rows, norm, ctx.eps)
+                totals.add(b_gate=b_gate, b_up=b_up, a_first=a_first)
             if ctx.needs_input_grad[0]:
                 x_grad = first.product_back(wide, inner_grad)
                 if norm is not None:

@@ -60,7 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     if x.is_cuda:
         _triton().rms_norm(x, weight, eps, out)
     else:
-        wide = _wide(x)
+        wide = widened(x)
         out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight))
     return out
 
@@ -69,7 +69,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, added
     """Gradient for `x` of `rms_norm(x, weight, eps)`, (rows, dim), plus `added`; `grad` is that of its output."""
     if x.is_cuda:
         return _triton().rms_norm_backward(grad.contiguous(), x, weight, eps, added)
-    wide = _wide(x)
+    wide = widened(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed, grad = wide * scale, grad * (1 + weight)
     result = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
@@ -82,7 +82,7 @@ def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> T
     if base.is_cuda:
         _triton().add_low_rank(residual, base, hidden, b, out)
     else:
-        out.copy_(_wide(residual) + base + _wide(hidden) @ _wide(b).T)
+        out.copy_(widened(residual) + base + widened(hidden) @ widened(b).T)
     return out
 
 
@@ -91,39 +91,52 @@ def geglu(gate_up: Tensor, out: Tensor) -> Tensor:
     if gate_up.is_cuda:
         _triton().geglu(gate_up, out)
     else:
-        gate, up = _wide(gate_up).chunk(2, dim=-1)
+        gate, up = widened(gate_up).chunk(2, dim=-1)
         out.copy_(F.gelu(gate, approximate="tanh") * up)
     return out
 
 
-def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, rank: int, inner_grad: Tensor | None, out: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradient of `geglu`, into `out`, and those of the adapters on either side of it while the tiles are at hand.
+def geglu_backward(grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, out: Tensor) -> Tensor | None:
+    """Gradient of `geglu`, into `out`, and that of the A of the adapter after it while the tiles are at hand.
 
     Args:
         grad: of the output, (rows, dim).
         gate_up: the input, (rows, 2 * dim).
-        inner: (rows, r), what the adapters of gate and up have inside, `x @ A.T`; None without adapters.
-        rank: how many of the r are gate's; the others are up's.
-        inner_grad: (rows, s), gradient of what the adapter after `geglu` has inside; None without one.
+        inner_grad: (rows, r), gradient of what the adapter after `geglu` has inside; None without one.
         out: (rows, 2 * dim), a view with any row stride, for the gradient of `gate_up`.
 
     Returns:
-        The products of gate's and up's gradient with what is inside their own adapter, (dim, rank) and (dim, r - rank),
-        and `inner_grad.T @ geglu(gate_up)` (s, dim), float32 at least, or None.
+        `inner_grad.T @ geglu(gate_up)`, (r, dim), float32 at least, or None.
     """
     if grad.is_cuda:
-        return _triton().geglu_backward(grad, gate_up, inner, rank, inner_grad, out)
-    gate, up = (half.detach().requires_grad_() for half in _wide(gate_up).chunk(2, dim=-1))
+        return _triton().geglu_backward(grad, gate_up, inner_grad, out)
+    gate, up = (half.detach().requires_grad_() for half in widened(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up
-    gate_grad, up_grad = torch.autograd.grad(output, (gate, up), _wide(grad))
+    gate_grad, up_grad = torch.autograd.grad(output, (gate, up), widened(grad))
     out.copy_(torch.cat([gate_grad, up_grad], dim=-1))
-    before = None if inner_grad is None else _wide(inner_grad).T @ output.detach()
-    if inner is None:
-        return None, None, before
-    return gate_grad.T @ _wide(inner[:, :rank]), up_grad.T @ _wide(inner[:, rank:]), before
+    return None if inner_grad is None else widened(inner_grad).T @ output.detach()
+
+
+def pair_backward(
+    grad: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Of two adapters on one input (gate's and up's), in one pass over the gradient of what they add to.
+
+    Args:
+        grad: (rows, 2 * dim), a view with any row stride.
+        inner: (rows, r), what they have inside, `x @ A.T`.
+        b: (2 * dim, r), their Bs on a block diagonal; r is at least the sum of `ranks`.
+        ranks: of each.
+
+    Returns:
+        The gradient of `inner`, `grad @ b`, and those of the two Bs, (dim, rank) each, float32 at least.
+    """
+    if grad.is_cuda:
+        return _triton().pair_backward(grad, inner, b, ranks)
+    halves, (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
+    grads = (widened(halves[0]).T @ widened(first), widened(halves[1]).T @ widened(second))
+    return grad @ b, grads
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:
@@ -161,7 +174,7 @@ def _rotate(
         target.copy_(source * cos + torch.cat([-second, first], dim=-1) * sin if turn else source)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

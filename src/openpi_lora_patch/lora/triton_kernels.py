@@ -12,6 +12,7 @@ from .pointwise import Whole
 
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
+_PAIR = {"ROWS": 64, "COLUMNS": 512, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 
 
@@ -51,23 +52,34 @@ def geglu(gate_up: Tensor, out: Tensor) -> None:
     _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4)
 
 
-def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner: Tensor | None, rank: int, inner_grad: Tensor | None, out: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def geglu_backward(grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, out: Tensor) -> Tensor | None:
     rows, dim = grad.shape
     columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
-    height = _BACKWARD["ROWS"]
-    splits = max(1, min(triton.cdiv(rows, 4 * height), _PROGRAMS // columns))
-    length = triton.cdiv(triton.cdiv(rows, splits), height) * height
-    ranks = (0, 0) if inner is None else (rank, inner.shape[1] - rank)
-    last = 0 if inner_grad is None else inner_grad.shape[1]
-    gate, up, before = (_partial(grad, splits, size) for size in (*ranks, last))
+    splits, length = _split(rows, _BACKWARD["ROWS"], 4, _PROGRAMS // columns)
+    rank = 0 if inner_grad is None else inner_grad.shape[1]
+    sums = grad.new_empty(splits, rank, dim, dtype=torch.float32) if rank else None
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner, inner_grad, gate, up, before, rows, dim, length, out.stride(0),
-        *ranks, last, _block(*ranks), _block(last), **_BACKWARD,
-    )  # fmt: skip
-    gate, up, before = (None if sums is None else sums.sum(0) for sums in (gate, up, before))
-    return None if gate is None else gate.T, None if up is None else up.T, before
+        grad, gate_up, out, inner_grad, sums, rows, dim, length, out.stride(0), rank, _block(rank), **_BACKWARD
+    )
+    return None if sums is None else sums.sum(0)
+
+
+def pair_backward(
+    grad: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    rows, r = inner.shape
+    dim, block = grad.shape[1] // 2, _block(*ranks)
+    strips = triton.cdiv(dim, _PAIR["COLUMNS"])
+    splits, length = _split(rows, _PAIR["ROWS"], 8, _PROGRAMS // (4 * strips))
+    # What a strip of columns adds to the gradient of `inner`, and a part of the rows to those of the Bs.
+    make = grad.new_empty if r == sum(ranks) else grad.new_zeros
+    inner_parts = make(strips, rows, r, dtype=torch.float32)
+    b_parts = grad.new_empty(splits, block, 2 * dim, dtype=torch.float32)
+    _pair_backward[(2 * strips, splits)](
+        grad, inner, b, inner_parts, b_parts, grad.stride(0), rows, dim, length, r, *ranks, block, **_PAIR
+    )
+    first, second = b_parts.sum(0).chunk(2, dim=1)
+    return inner_parts.sum(0).to(grad.dtype), (first[: ranks[0]].T, second[: ranks[1]].T)
 
 
 def rotate(
@@ -99,9 +111,11 @@ def rotate(
     )
 
 
-def _partial(like: Tensor, splits: int, rank: int) -> Tensor | None:
-    """Sums over a part of the rows, (splits, rank, dim), which are then added up: always in the same order."""
-    return like.new_empty(splits, rank, like.shape[1], dtype=torch.float32) if rank else None
+def _split(rows: int, height: int, least: int, most: int) -> tuple[int, int]:
+    """Into how many parts of how many rows, each of `least` tiles or more: their sums are added in the same order."""
+    splits = max(1, min(triton.cdiv(rows, least * height), most))
+    length = triton.cdiv(triton.cdiv(rows, splits), height) * height
+    return triton.cdiv(rows, length), length
 
 
 def _block(*ranks: int) -> int:
@@ -205,56 +219,33 @@ def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _columns(inner, first, left, local, SIZE: tl.constexpr, START: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows of `inner` (rows, SIZE), its R columns from START on, transposed: (BLOCK, rows)."""
-    rank = tl.arange(0, BLOCK)[:, None]
-    return tl.load(
-        inner + first * SIZE + local[None, :] * SIZE + START + rank, (local[None, :] < left) & (rank < R), 0.0
-    )
-
-
-@triton.jit
-def _store_sum(target, total, split, column, dim, R: tl.constexpr, BLOCK: tl.constexpr):
-    rank = tl.arange(0, BLOCK)[:, None]
-    at = (split * R + rank).to(tl.int64) * dim + column[None, :]
-    tl.store(target + at, total, (rank < R) & (column[None, :] < dim))
-
-
-@triton.jit
 def _geglu_backward(
     grad,
     gate_up,
     out,
-    inner,
     inner_grad,
-    gate_target,
-    up_target,
-    last_target,
+    target,
     rows,
     dim,
     length,
     out_stride,
-    GATE: tl.constexpr,
-    UP: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LAST_BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program: some columns, one part of the rows; what is summed over rows stays in registers."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R_BLOCK)[:, None]
     split = tl.program_id(1)
     element = out.dtype.element_ty
-    gate_sum = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    up_sum = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    last_sum = tl.zeros((LAST_BLOCK, COLUMNS), tl.float32)
+    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
     local = tl.arange(0, ROWS)
     # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
     inside = column[None, :] < dim
     at = local[:, None] * (2 * dim) + column[None, :]
     grad_at = local[:, None] * dim + column[None, :]
     out_at = local[:, None] * out_stride + column[None, :]
+    inner_at = local[None, :] * R + rank
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
         first = tl.cast(start, tl.int64)
         left = rows - start
@@ -264,23 +255,51 @@ def _geglu_backward(
         up = tl.load(tile + dim + at, there, 0.0).to(tl.float32)
         slope = tl.load(grad + first * dim + grad_at, there, 0.0).to(tl.float32)
         gelu, gelu_slope = _gelu(gate)
-        gate_grad = (slope * up * gelu_slope).to(element)
-        up_grad = (slope * gelu).to(element)
-        tl.store(out_tile + out_at, gate_grad, there)
-        tl.store(out_tile + dim + out_at, up_grad, there)
-        if GATE > 0:
-            gate_sum += tl.dot(_columns(inner, first, left, local, GATE + UP, 0, GATE, BLOCK), gate_grad)
-        if UP > 0:
-            up_sum += tl.dot(_columns(inner, first, left, local, GATE + UP, GATE, UP, BLOCK), up_grad)
-        if LAST > 0:
-            hidden = _columns(inner_grad, first, left, local, LAST, 0, LAST, LAST_BLOCK)
-            last_sum += tl.dot(hidden, (gelu * up).to(element))
-    if GATE > 0:
-        _store_sum(gate_target, gate_sum, split, column, dim, GATE, BLOCK)
-    if UP > 0:
-        _store_sum(up_target, up_sum, split, column, dim, UP, BLOCK)
-    if LAST > 0:
-        _store_sum(last_target, last_sum, split, column, dim, LAST, LAST_BLOCK)
+        tl.store(out_tile + out_at, (slope * up * gelu_slope).to(element), there)
+        tl.store(out_tile + dim + out_at, (slope * gelu).to(element), there)
+        if R > 0:
+            hidden = tl.load(inner_grad + first * R + inner_at, (local[None, :] < left) & (rank < R), 0.0)
+            total += tl.dot(hidden, (gelu * up).to(element))
+    if R > 0:
+        tl.store(target + (split * R + rank).to(tl.int64) * dim + column[None, :], total, (rank < R) & inside)
+
+
+@triton.jit
+def _pair_backward(
+    grad,
+    inner,
+    b,
+    inner_parts,
+    b_parts,
+    stride,
+    rows,
+    dim,
+    length,
+    R: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: some columns of one of the two, one part of the rows."""
+    strips, split = tl.cdiv(dim, COLUMNS), tl.program_id(1)
+    second, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
+    local, rank = strip * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
+    inside, own = local < dim, rank < tl.where(second == 0, FIRST, SECOND)
+    column, place = second * dim + local, second * FIRST + rank
+    right = tl.load(b + column[:, None] * R + place[None, :], inside[:, None] & own[None, :], 0.0)
+    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for start in range(split * length, min((split + 1) * length, rows), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        there = row < rows
+        tile = tl.load(grad + row[:, None] * stride + column[None, :], there[:, None] & inside[None, :], 0.0)
+        left = tl.load(inner + row[None, :] * R + place[:, None], there[None, :] & own[:, None], 0.0)
+        total = tl.dot(left, tile, total)
+        target = inner_parts + (strip * rows + row)[:, None] * R + place[None, :]
+        tl.store(target, tl.dot(tile, right), there[:, None] & own[None, :])
+    target = b_parts + (split * BLOCK + rank[:, None]).to(tl.int64) * (2 * dim) + column[None, :]
+    tl.store(target, total, inside[None, :])
 
 
 @triton.jit

@@ -15,22 +15,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers.models.gemma import modeling_gemma
 
 from ..lora import kernels, pointwise
 from ..lora.quantized import stored_weight
 from ..patches.gemma import gated_residual
 from ..settings import Settings
+from . import shared_attention
+from .attention import Eager, Fused, Prefix, Shared
 
 logger = logging.getLogger("openpi_lora_patch")
-
-# cuDNN's attention is fastest where the number of tokens is a multiple of this.
-_ALIGNMENT = 128
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +33,8 @@ class Plan:
     """How a forward is computed; every choice gives the same function.
 
     Attributes:
-        sdpa: attention by torch's fused kernels, else by transformers' eager function, as openpi does.
+        attention: "eager", transformers' function, as openpi does; "sdpa", torch's fused kernels; or "triton", those
+            and our own for the prefix, where its tokens attend to all of it and all heads share keys and values.
         fused: Linears and MLPs by the functions in `lora.kernels`, where their weights are frozen.
         trim: leave out cameras and prompt padding that are masked in the whole batch.
         prune: leave out the part of the last prefix layer that nothing reads.
@@ -47,7 +43,7 @@ class Plan:
             for as few as the free memory allows.
     """
 
-    sdpa: bool
+    attention: str
     fused: bool
     trim: bool
     prune: bool
@@ -60,7 +56,7 @@ def plan(settings: Settings, device: torch.device) -> Plan:
     """What the settings come to on this device: "auto" is on for GPUs with bfloat16, and Triton where needed."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = Plan(
-        sdpa=gpu if settings.attention == "auto" else settings.attention == "sdpa",
+        attention=_best_attention(device, gpu) if settings.attention == "auto" else settings.attention,
         fused=gpu and pointwise.has_triton() if settings.fused == "auto" else settings.fused == "1",
         trim=gpu if settings.trim == "auto" else settings.trim == "1",
         prune=settings.prune,
@@ -71,6 +67,12 @@ def plan(settings: Settings, device: torch.device) -> Plan:
     return chosen
 
 
+def _best_attention(device: torch.device, gpu: bool) -> str:
+    if shared_attention.fits(device):
+        return "triton"
+    return "sdpa" if gpu else "eager"
+
+
 def forward(
     towers: Any,
     embeds: Sequence[Tensor],
@@ -79,7 +81,7 @@ def forward(
     conds: Sequence[Tensor | None],
     chosen: Plan,
     *,
-    whole_prefix: bool = False,
+    prefix: Prefix | None = None,
 ) -> list[Tensor | None]:
     """The two outputs; that of the prefix is None in training where the plan prunes it.
 
@@ -90,11 +92,11 @@ def forward(
         position_ids: (batch, tokens).
         conds: condition of each tower's norms, (batch, width), or None.
         chosen: see `Plan`.
-        whole_prefix: that no token of the prefix is masked, so that its attention needs no mask.
+        prefix: what is known of it, beside the mask.
     """
     models = (towers.paligemma.model.language_model, towers.gemma_expert.model)
     rotary = models[0].rotary_emb(embeds[0], position_ids)
-    attention = _attention(models[0].layers[0].self_attn, embeds, mask, rotary, chosen, whole_prefix)
+    attention = _attention(models[0].layers[0].self_attn, embeds, mask, rotary, chosen, prefix)
     pairs = list(zip(*(model.layers for model in models), strict=True))
     prune = chosen.prune and towers.training
     recomputed = _recomputed(models, embeds, chosen.checkpoint) if torch.is_grad_enabled() else 0
@@ -113,7 +115,7 @@ class _Layer:
         self,
         pair: Sequence[Any],
         conds: Sequence[Tensor | None],
-        attention: _Eager | _Fused,
+        attention: Eager | Fused | Shared,
         *,
         fused: bool,
         prune: bool,
@@ -182,95 +184,20 @@ class _Layer:
 
 
 def _attention(
-    first: Any, embeds: Sequence[Tensor], mask: Tensor, rotary: tuple[Tensor, Tensor], chosen: Plan, whole_prefix: bool
-) -> _Eager | _Fused:
-    if not chosen.sdpa:
-        return _Eager(mask, rotary)
-    heads = first.q_proj.out_features // first.head_dim
-    shared = first.num_key_value_groups == heads
-    return _Fused(mask, rotary, embeds[0].dtype, heads, embeds[0].shape[1] if whole_prefix and shared else 0)
-
-
-class _Eager:
-    """transformers' eager attention on openpi's mask."""
-
-    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
-        self.mask, self.rotary = mask, rotary
-
-    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor], *, prune: bool) -> Sequence[Tensor | None]:
-        """Packed projections of each tower to what its tokens attended to, (batch, length, heads * head_dim).
-
-        With `prune`, None for the prefix.
-        """
-        first = attentions[0]
-        joint = torch.cat(tuple(packed), dim=1).unflatten(-1, (-1, first.head_dim)).transpose(1, 2)
-        query, key, value = joint.split(_heads(first, joint.shape[1]), dim=1)
-        query, key = modeling_gemma.apply_rotary_pos_emb(query, key, *self.rotary)
-        output, _ = modeling_gemma.eager_attention_forward(first, query, key, value, self.mask, first.scaling)
-        prefix, suffix = output.flatten(2).split([part.shape[1] for part in packed], dim=1)
-        return None if prune else prefix, suffix
-
-
-class _Fused:
-    """torch's attention kernels. Tokens are added up to a multiple of 128; nothing attends to them."""
-
-    def __init__(self, mask: Tensor, rotary: tuple[Tensor, Tensor], dtype: torch.dtype, heads: int, whole: int) -> None:
-        self.rotary, self.whole = rotary, whole
-        tokens = mask.shape[-1]
-        self.added = -tokens % _ALIGNMENT
-        # openpi's blocked score is finite, so a row that blocks everything is no division by zero; it stays so here.
-        self.mask = F.pad(mask.to(dtype), (0, self.added), value=float("-inf"))
-        if whole:
-            self.mask = self.mask[:, :, whole:].repeat_interleave(heads, dim=2)
-        else:
-            self.mask = F.pad(self.mask, (0, 0, 0, self.added))
-
-    def __call__(self, attentions: Sequence[Any], packed: Sequence[Tensor], *, prune: bool) -> Sequence[Tensor | None]:
-        """See `_Eager`."""
-        first = attentions[0]
-        heads = _heads(first, packed[0].shape[-1] // first.head_dim)
-        parts = [part.unflatten(-1, (-1, first.head_dim)) for part in packed]
-        apart = self.whole > 0
-        *queries, key, value = kernels.JoinRotated.apply(*self.rotary, heads[0], self.added, apart, *parts)
-        if apart:
-            suffix = _all_heads_at_once(queries[1], key, value, self.mask)
-            if prune:
-                return None, suffix
-            # Split, not sliced: the gradient of a split is one copy.
-            lengths = [self.whole, key.shape[1] - self.whole]
-            key, value = (tensor.split(lengths, dim=1)[0] for tensor in (key, value))
-            return _scaled_dot_product(queries[0], key, value), suffix
-        lengths = [part.shape[1] for part in packed]
-        start = lengths[0] if prune else 0
-        output = _scaled_dot_product(queries[0][:, start:], key, value, self.mask[:, :, start:])
-        prefix, suffix, _ = output.split([lengths[0] - start, lengths[1], self.added], dim=1)
-        return None if prune else prefix, suffix
-
-
-def _all_heads_at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The same for few queries, where all heads share one key and value: heads count as so many more queries.
-
-    `mask` (batch, 1, queries * heads, keys).
-    """
-    output = _scaled_dot_product(query.flatten(1, 2).unsqueeze(2), key, value, mask)
-    return output.unflatten(1, query.shape[1:3]).flatten(2)
-
-
-def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`query` (batch, queries, heads, head_dim), keys and values with as many heads or fewer; the result's are flat."""
-    groups = query.shape[2] // key.shape[2]
-    # Heads that share keys and values read the same memory.
-    key, value = (tensor.unsqueeze(3).expand(-1, -1, -1, groups, -1).flatten(2, 3) for tensor in (key, value))
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        output = F.scaled_dot_product_attention(query, key, value, mask)
-    return output.transpose(1, 2).flatten(2)
-
-
-def _heads(attention: Any, packed: int) -> list[int]:
-    """How many heads of queries, keys and values there are among `packed`."""
-    kv_heads = packed // (attention.num_key_value_groups + 2)
-    return [packed - 2 * kv_heads, kv_heads, kv_heads]
+    first: Any,
+    embeds: Sequence[Tensor],
+    mask: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    chosen: Plan,
+    prefix: Prefix | None,
+) -> Eager | Fused | Shared:
+    if chosen.attention == "eager":
+        return Eager(mask, rotary)
+    dtype, heads = embeds[0].dtype, first.num_key_value_groups
+    own = chosen.attention == "triton" and (dtype == torch.bfloat16 or not mask.is_cuda)
+    if prefix is None or first.k_proj.out_features != first.head_dim or not (own or prefix.whole):
+        return Fused(mask, rotary, dtype)
+    return Shared(mask, rotary, dtype, heads, prefix, own=own)
 
 
 def _again(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..models import joint, vision
+from ..models.attention import Prefix
 from ..replace import replace
 from ..settings import Settings
 
@@ -44,11 +45,12 @@ def _fast(module: Any) -> bool:
 def _trimming(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_prefix(self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor) -> Any:
-        vars(self.paligemma_with_expert).pop("whole_prefix", None)  # Of a forward that did not come to its end.
+        vars(self.paligemma_with_expert).pop("prefix", None)  # Of a forward that did not come to its end.
         if _fast(self) and self.training and joint.plan(settings, lang_tokens.device).trim:
             (images, img_masks, lang_tokens, lang_masks), whole = trimmed(images, img_masks, lang_tokens, lang_masks)
-            self.paligemma_with_expert.whole_prefix = whole
-            return _embedded(self, images, img_masks, lang_tokens, lang_masks)
+            embedded = _embedded(self, images, img_masks, lang_tokens, lang_masks)
+            self.paligemma_with_expert.prefix = Prefix(embedded[1], whole)
+            return embedded
         return original(self, images, img_masks, lang_tokens, lang_masks)
 
     return embed_prefix
@@ -162,10 +164,8 @@ def _jointly(original: Any, settings: Settings) -> Any:
             return original(self, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, adarms_cond)
         chosen = joint.plan(settings, inputs_embeds[0].device)
         conds = adarms_cond or (None, None)
-        whole_prefix = vars(self).pop("whole_prefix", False)
-        outputs = joint.forward(
-            self, inputs_embeds, attention_mask, position_ids, conds, chosen, whole_prefix=whole_prefix
-        )
+        prefix = vars(self).pop("prefix", None)
+        outputs = joint.forward(self, inputs_embeds, attention_mask, position_ids, conds, chosen, prefix=prefix)
         return outputs, None
 
     return forward
