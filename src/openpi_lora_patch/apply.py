@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,14 @@ from .distributed import reach_every_parameter
 from .lora.config import LoRAConfig
 from .lora.freeze import freeze
 from .lora.inject import inject, lora_layers
+from .lora.quantized import HeldLinear
 
 logger = logging.getLogger("openpi_lora_patch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters; a tensor shared by two modules counts once."""
+    """Numbers of weights, parameters or held apart from them; a tensor shared by two modules counts once."""
 
     lora_tensors: int
     trainable: int
@@ -29,6 +31,7 @@ class Counts:
     @classmethod
     def of(cls, model: nn.Module) -> Counts:
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        sizes += [(math.prod(m.shape), False) for m in model.modules() if isinstance(m, HeldLinear)]
         trainable = sum(size for size, trains in sizes if trains)
         return cls(2 * len(lora_layers(model)), trainable, sum(size for size, _ in sizes))
 

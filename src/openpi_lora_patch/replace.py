@@ -1,8 +1,9 @@
-"""Set an attribute so that it can be restored exactly."""
+"""Set an attribute so that it can be restored exactly; a module with some names of its own."""
 
 from __future__ import annotations
 
 import contextlib
+from types import ModuleType
 from typing import Any
 
 _ABSENT = object()
@@ -16,3 +17,15 @@ def replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> No
         undo.callback(delattr, owner, name)
     else:
         undo.callback(setattr, owner, name, before)
+
+
+class Overlay(ModuleType):
+    """What `module` holds, but for `names`: in one program's place of it, where nobody else's must change."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        super().__init__(module.__name__)
+        self._module = module
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

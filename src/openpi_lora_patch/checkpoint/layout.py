@@ -4,18 +4,21 @@ Three layouts are accepted, one a file:
 - a base checkpoint: `q_proj.weight`, no adapters. The adapters keep the values they have.
 - our own: `q_proj.base_layer.weight`, `q_proj.lora_A` (r, in), `q_proj.lora_B` (out, r).
 - the same with both adapter matrices transposed: `lora_A` (in, r), `lora_B` (r, out).
+
+Each may lack the weight of an `UnusedLinear`.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
 from ..lora.layer import LoRALinear
+from ..lora.quantized import UnusedLinear
 
 logger = logging.getLogger("openpi_lora_patch")
 
@@ -34,9 +37,13 @@ def _before_load(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) 
     layers = {prefix + name: layer for name, layer in lora_layers(model).items()}
     _rename_base_layers(layers, state_dict)
     adapters = _adapters(layers)
-    if adapters.keys().isdisjoint(state_dict):
-        _keep_adapters(layers, adapters, state_dict)
-    elif _is_transposed(adapters, state_dict):
+    # Where nothing of these layers is in the file, the caller reports what is missing.
+    if any(f"{name}.base_layer.weight" in state_dict for name in layers):
+        _keep_unused(model, state_dict, prefix)
+        if adapters.keys().isdisjoint(state_dict):
+            state_dict.update(adapters)
+            logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
+    if _is_transposed(adapters, state_dict):
         state_dict.update({name: state_dict[name].T for name in adapters.keys() & state_dict.keys()})
     _check_shapes(model, state_dict, prefix)
 
@@ -60,11 +67,11 @@ def _adapters(layers: dict[str, LoRALinear]) -> StateDict:
     }
 
 
-def _keep_adapters(layers: dict[str, LoRALinear], adapters: StateDict, state_dict: StateDict) -> None:
-    if not any(f"{name}.base_layer.weight" in state_dict for name in layers):
-        return  # Nothing of these layers is in the file; the caller reports what is missing.
-    state_dict.update(adapters)
-    logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
+def _keep_unused(model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    """Let a file lack what nothing uses."""
+    unused = {name: module for name, module in model.named_modules() if isinstance(module, UnusedLinear)}
+    for name, module in unused.items():
+        state_dict.setdefault(f"{prefix}{name}.weight", cast(Tensor, module))
 
 
 def _is_transposed(adapters: StateDict, state_dict: StateDict) -> bool:

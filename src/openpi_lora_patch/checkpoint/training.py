@@ -7,15 +7,16 @@ model for its state dict and the second hands it one, so both can be served here
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
 from ..lora.quantized import HeldLinear
 from . import adapters, files
+from .stored import stored_tensors
 
 logger = logging.getLogger("openpi_lora_patch")
 
@@ -45,7 +46,7 @@ def _only_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 def _with_tied_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     # safetensors fills these in itself where the model's state dict shows that they are shared.
-    for names in _names(model).values():
+    for names in names_of(model).values():
         held = [prefix + name for name in names if prefix + name in state_dict]
         state_dict.update({prefix + name: state_dict[held[0]] for name in names if held})
 
@@ -71,7 +72,7 @@ class _Loader:
         logger.info("Loaded %d adapters onto %s", len(base), self.base or "the base weights that are there")
 
 
-def _names(model: nn.Module) -> dict[Any, list[str]]:
+def names_of(model: nn.Module) -> dict[Any, list[str]]:
     """The names of each parameter and `HeldLinear`, sorted; a tied one has several."""
     names: dict[Any, list[str]] = {}
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
@@ -80,9 +81,16 @@ def _names(model: nn.Module) -> dict[Any, list[str]]:
     return names | {module: [f"{name}.weight"] for name, module in held.items()}
 
 
+def absent(model: nn.Module, missing: Iterable[str]) -> list[str]:
+    """Those of the `missing` names of a load whose tensor did not come under another of its names either."""
+    missing = set(missing)
+    there = {name for names in names_of(model).values() if not missing.issuperset(names) for name in names}
+    return sorted(missing - there)
+
+
 def _own(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors; a tied one under its first name, the one that safetensors keeps."""
-    return {names[0]: parameter for parameter, names in _names(model).items()} | _persistent_buffers(model)
+    return {names[0]: parameter for parameter, names in names_of(model).items()} | _persistent_buffers(model)
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -95,12 +103,10 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_base(model: nn.Module, base: str) -> dict[str, Tensor]:
-    path = files.weights_file(base)
-    with files.reading(path):
-        stored = load_file(path)
+    stored = stored_tensors(files.weights_file(base))
     layers, own = lora_layers(model), _own(model)
     found: dict[str, Tensor] = {}
-    for names in _names(model).values():
+    for names in names_of(model).values():
         plain = [n.replace(".base_layer.", ".") if n.partition(".base_layer.")[0] in layers else n for n in names]
         if held := [stored[name] for name in (*names, *plain) if name in stored]:
             found[names[0]] = held[0]

@@ -50,7 +50,9 @@ class LoRALinear(nn.Module):
         self.lora_B = self._parameter(self.out_features, self.config.rank)
 
     def _parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=self.weight.device))
+        device = self.weight.device
+        # Beside a weight that has no memory yet: where one would have it.
+        return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=None if device.type == "meta" else device))
 
     def reset_parameters(self) -> None:
         """Start afresh: an adapter that changes nothing."""

@@ -172,7 +172,8 @@ class UnusedLinear(HeldLinear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self._host = linear.weight.detach().cpu()
+        weight = linear.weight.detach()
+        self._host = torch.zeros_like(weight, device="cpu") if weight.is_meta else weight.cpu()
 
     @property
     def weight(self) -> Tensor:
@@ -190,7 +191,7 @@ class QuantizedLinear(HeldLinear):
     full weight of one layer at a time stands on the GPU.
 
     Args:
-        linear: without bias; its weight is taken as bfloat16.
+        linear: without bias; its weight is taken as bfloat16. One on the meta device is none, until one is loaded.
         name: one of `FORMATS`.
 
     Raises:
@@ -202,7 +203,10 @@ class QuantizedLinear(HeldLinear):
         if linear.weight.numel() % _BLOCK:
             raise LoRAError("A quantised weight is whole blocks.", found=repr(linear), expected=f"of {_BLOCK} elements")
         self.name: str = name
-        self._hold(linear.weight.detach(), linear.weight.device)
+        if linear.weight.is_meta:
+            self.source, self.data, self.scale = torch.empty(3, 0, dtype=torch.uint8)
+        else:
+            self._hold(linear.weight.detach(), linear.weight.device)
 
     def _hold(self, weight: Tensor, device: torch.device) -> None:
         self.source = sample(weight)

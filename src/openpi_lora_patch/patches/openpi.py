@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..apply import apply_lora
-from ..build import initialising
+from ..build import complete, follows, initialising
 from ..checkpoint.training import load_adapters_through, save_adapters_only
 from ..lora import LoRAConfig, as_jax, from_openpi, lora_layers
 from ..lora.quantized import UnusedLinear, quantize, require
@@ -54,13 +54,15 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
             apply_lora(self, **adapters, preset=settings.freeze)
             if settings.base != "bf16":
                 quantize(lora_layers(self).values(), settings.base)
-                expert = self.paligemma_with_expert.gemma_expert
-                expert.lm_head = UnusedLinear(expert.lm_head)
+            expert = self.paligemma_with_expert.gemma_expert
+            expert.lm_head = UnusedLinear(expert.lm_head)
             openpi_fast.enable(self)
             load_adapters_through(self, settings.base_weights)
             openpi_training.patch(script, adapters_only=settings.save == "adapter")
             if settings.save == "adapter":
                 save_adapters_only(self)
+        if follows():
+            complete(self)
 
     return __init__
 

@@ -1,5 +1,7 @@
 """LoRA training configs in openpi's own list, where `train_pytorch.py`, `serve_policy.py` and `get_config` find them.
 
+`cli()` is the last that the script calls before it trains.
+
 Source: openpi, `training/config.py` (commit 15a9616); each config is one of openpi's with the LoRA variants put in.
 """
 
@@ -7,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any
 
+from ..replace import replace
 from ..settings import Settings
+from . import openpi_training
 from .openpi_variants import DUMMY_LORA
 
 # Fails as a missing file until the user gives a real one, as openpi's own PyTorch configs do.
@@ -19,13 +24,24 @@ _FULL = {"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_3
 
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
-    """Add the configs that openpi does not have by that name already."""
+    """Add the configs that openpi does not have by that name already, and prepare the script that asks for one."""
+    replace(undo, module, "cli", _preparing(module.cli, undo.enter_context(contextlib.ExitStack())))
     for config in _configs(module):
         if config.name not in module._CONFIGS_DICT:
             module._CONFIGS.append(config)
             module._CONFIGS_DICT[config.name] = config
             undo.callback(module._CONFIGS.remove, config)
             undo.callback(module._CONFIGS_DICT.pop, config.name)
+
+
+def _preparing(original: Any, undo: contextlib.ExitStack) -> Any:
+    @functools.wraps(original)
+    def cli() -> Any:
+        config = original()
+        openpi_training.prepare(undo)
+        return config
+
+    return cli
 
 
 def _configs(module: ModuleType) -> list[Any]:

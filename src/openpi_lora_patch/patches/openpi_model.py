@@ -1,4 +1,4 @@
-"""`BaseModelConfig.load_pytorch`, which serving calls: the model that it builds is not initialised before it is loaded.
+"""`BaseModelConfig.load_pytorch`, which serving calls: its model is not initialised before it is loaded, and streamed.
 
 Source: openpi, `models/model.py` (commit 15a9616).
 """
@@ -11,14 +11,16 @@ from types import ModuleType
 from typing import Any
 
 from ..build import checkpoint_follows
+from ..checkpoint.streaming import SAFETENSORS
 from ..replace import replace
 from ..settings import Settings
 
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
-    """Say, while `load_pytorch` runs, that a checkpoint follows."""
+    """Say, while `load_pytorch` runs, that a checkpoint follows, and load that one tensor at a time."""
     cls = module.BaseModelConfig
     replace(undo, cls, "load_pytorch", _loading(cls.load_pytorch))
+    replace(undo, module, "safetensors", SAFETENSORS)
 
 
 def _loading(original: Any) -> Any:

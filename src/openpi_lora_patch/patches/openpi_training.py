@@ -1,8 +1,9 @@
-"""openpi's `train_pytorch.py` without pickles, and with the training config's name in adapter-only checkpoints.
+"""openpi's `train_pytorch.py` without pickles, with the training config's name in adapter-only checkpoints, and without
+random numbers for weights that it then loads.
 
 The script calls `torch.save` and `torch.load(weights_only=False)` on `optimizer.pt` and `metadata.pt`. It runs as
-`__main__`, which no import hook sees, so it is patched when it builds its model: its own name `torch` and its own
-`save_checkpoint`, nothing of torch itself.
+`__main__`, which no import hook sees, so it is patched when it builds its model: its own `torch`, `safetensors`
+and `save_checkpoint`, nothing of those modules themselves. What it loads then comes a tensor at a time.
 
 Source: openpi, `scripts/train_pytorch.py` (commit 15a9616), whose code runs unchanged.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..build import checkpoint_follows
 from ..checkpoint import optimizer
-from ..replace import replace
+from ..checkpoint.streaming import SAFETENSORS
+from ..replace import Overlay, replace
 
 
 def patch(undo: contextlib.ExitStack, *, adapters_only: bool) -> None:
@@ -28,21 +30,36 @@ def patch(undo: contextlib.ExitStack, *, adapters_only: bool) -> None:
         undo: takes what restores it.
         adapters_only: write no pickles, too; without, only what is read is held to be none.
     """
-    script: Any = sys.modules["__main__"]
-    if vars(script).get("torch") is torch and hasattr(script, "train_loop") and hasattr(script, "save_checkpoint"):
-        replace(undo, script, "torch", _Torch(optimizer.save if adapters_only else torch.save))
+    script = _script()
+    if script is not None and vars(script).get("torch") is torch:
+        save = optimizer.save if adapters_only else torch.save
+        replace(undo, script, "torch", Overlay(torch, save=save, load=optimizer.load))
+        replace(undo, script, "safetensors", SAFETENSORS)
         replace(undo, script, "save_checkpoint", _naming(script.save_checkpoint))
 
 
-class _Torch(ModuleType):
-    """torch, but for the two functions."""
+def prepare(undo: contextlib.ExitStack) -> None:
+    """Have the running program, if it is openpi's script, build a model with adapters for the weights that follow."""
+    script = _script()
+    if script is not None and not hasattr(script.train_loop, "__wrapped__"):
+        replace(undo, script, "train_loop", _loading(script.train_loop))
 
-    def __init__(self, save: Any) -> None:
-        super().__init__(torch.__name__)
-        self.save, self.load = save, optimizer.load
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+def _script() -> Any:
+    main = sys.modules["__main__"]
+    return main if hasattr(main, "train_loop") and hasattr(main, "save_checkpoint") else None
+
+
+def _loading(original: Any) -> Any:
+    @functools.wraps(original)
+    def train_loop(config: Any) -> None:
+        variants = [getattr(config.model, f"{tower}_variant", "") for tower in ("paligemma", "action_expert")]
+        # Not one to resume from: it may hold adapters alone, for a base that a seed made.
+        weights = config.pytorch_weight_path is not None and any(name.endswith("_lora") for name in variants)
+        with checkpoint_follows() if weights else contextlib.nullcontext():
+            original(config)
+
+    return train_loop
 
 
 def _naming(original: Any) -> Any:

@@ -1,0 +1,46 @@
+"""Loading a checkpoint one tensor at a time, into whatever form and onto whatever device the model has.
+
+`safetensors.torch.load_model` has every page of the file in memory by its end; asks the model for a state dict, which
+a quantised base makes in full precision; and, given a GPU as `device`, puts the whole file there first.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..lora.inject import lora_layers
+from ..replace import Overlay
+from . import files
+from .stored import stored_tensors
+from .training import absent
+
+
+@functools.wraps(safetensors.torch.load_model)
+def load_model(
+    model: nn.Module, filename: files.Path, strict: bool = True, *args: Any, **kwargs: Any
+) -> tuple[list[str], list[str]]:
+    """`safetensors.torch.load_model`; for a model with adapters a tensor at a time, wherever they are wanted first.
+
+    Raises:
+        CheckpointError: the file cannot be read, does not fit, or (`strict`) lacks tensors or has others.
+    """
+    if not lora_layers(model):
+        return safetensors.torch.load_model(model, filename, strict, *args, **kwargs)
+    missing, unexpected = model.load_state_dict(stored_tensors(filename), strict=False)
+    missing = absent(model, missing)
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"{filename} is no checkpoint of this model.",
+            found=f"missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}",
+            fix="use the variants that it was trained with",
+        )
+    return missing, unexpected
+
+
+# What programs are given in the place of the module.
+SAFETENSORS = Overlay(safetensors, torch=Overlay(safetensors.torch, load_model=load_model))

@@ -1,0 +1,169 @@
+"""Loading a tensor at a time: the same model as ever, in little memory; what nothing uses need not be in the file."""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from openpi_lora_patch.apply import apply_lora
+from openpi_lora_patch.build import checkpoint_follows, complete, initialising
+from openpi_lora_patch.checkpoint import files
+from openpi_lora_patch.checkpoint.stored import stored_tensors
+from openpi_lora_patch.checkpoint.streaming import SAFETENSORS, load_model
+from openpi_lora_patch.checkpoint.training import load_adapters_through, save_adapters_only
+from openpi_lora_patch.errors import CheckpointError, LoRAError
+from openpi_lora_patch.lora import LoRAConfig, lora_layers
+from openpi_lora_patch.lora.config import FFN
+from openpi_lora_patch.lora.quantized import UnusedLinear, quantize
+from openpi_lora_patch.pi0 import PI0, PI0Config, Tower
+from test_fast import adapted
+
+# Wide MLPs, with adapters: nearly all that there is.
+TOWER = Tower(width=64, mlp_dim=2**16, depth=6, num_heads=2, head_dim=32)
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+LARGE = PI0Config(vocab_size=128, paligemma=TOWER, expert=TOWER, vision=VISION)
+# Prints how many bytes of memory the process had at most, before it built the model and once that was loaded.
+MEASURE = """
+import sys, test_streaming
+
+def most():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = most()
+model = test_streaming.awaiting(test_streaming.LARGE, sys.argv[1])
+test_streaming.load_model(model, sys.argv[2])
+assert all(layer.weight.any() for layer in test_streaming.lora_layers(model).values())
+print(before, most())
+"""
+
+
+def awaiting(config, base):
+    """A model that is built for a checkpoint, as openpi's are where one follows."""
+    with checkpoint_follows():
+        with initialising():
+            model = PI0(config)
+        targets = dict.fromkeys(FFN, LoRAConfig(rank=1, alpha=1.0))
+        apply_lora(model, paligemma=targets, action_expert=targets)
+        if base != "bf16":
+            quantize(lora_layers(model).values(), base)
+        complete(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base checkpoint of some 300 MB, written without holding it."""
+    with torch.device("meta"):
+        state = PI0(LARGE).state_dict()
+    del state["paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"]  # Tied to the `lm_head`.
+    path = tmp_path_factory.mktemp("large") / "model.safetensors"
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    files.write_tensors(path, specs, ((name, torch.ones_like(t, device="cpu")) for name, t in state.items()), {})
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory a process had")
+@pytest.mark.parametrize(("base", "held"), [("bf16", 1.0), ("int8", 0.5)])
+def test_building_and_loading_takes_what_the_model_holds_and_little_more(base, held, large, child):
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    # Freed memory goes back at once, as it does at full size, where tensors are beyond glibc's own threshold.
+    result = child("-c", MEASURE, base, str(large), PYTHONPATH=path, MALLOC_MMAP_THRESHOLD_="1000000")
+    assert result.returncode == 0, result.stderr
+    before, most = map(int, result.stdout.split())
+    whole = large.stat().st_size
+    assert whole > 300e6
+    assert (most - before) / whole < held + 0.35  # The whole file besides would be 1 more.
+
+
+def own(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8"])
+def test_it_loads_what_safetensors_loads(base, tmp_path):
+    model, _ = adapted("pi0", torch.float32)
+    if base != "bf16":
+        quantize(lora_layers(model).values(), base)
+    state = own(model.state_dict())
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    turned = {name: t.T.contiguous() if ".lora_" in name else t for name, t in state.items()}
+    for layout in (state, plain, turned):
+        tied = {name: tensor + 1 for name, tensor in layout.items() if not name.endswith("embed_tokens.weight")}
+        safetensors.torch.save_file(tied, tmp_path / "model.safetensors")
+        one, other = copy.deepcopy(model), copy.deepcopy(model)
+        safetensors.torch.load_model(one, tmp_path / "model.safetensors")
+        load_model(other, tmp_path / "model.safetensors", device="cuda")  # Which is not there, and not asked for.
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_an_adapter_goes_onto_its_base_from_two_files(tmp_path):
+    model, _ = adapted("pi0", torch.float32)
+    plain = {name.replace(".base_layer.", "."): t for name, t in own(model.state_dict()).items() if "lora_" not in name}
+    safetensors.torch.save_file(plain, tmp_path / "base.safetensors")
+    other = copy.deepcopy(model)
+    save_adapters_only(model)
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    load_adapters_through(other, tmp_path / "base.safetensors")
+    load_model(other, tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
+
+
+def test_what_is_missing_or_foreign_is_named_and_models_without_adapters_are_not_our_business(tmp_path):
+    model, _ = adapted("pi0", torch.float32)
+    state = own(model.state_dict())
+    state["foreign"] = state.pop("action_out_proj.bias")
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)action_out_proj\.bias.*foreign"):
+        load_model(model, tmp_path / "model.safetensors")
+    missing, unexpected = load_model(model, tmp_path / "model.safetensors", strict=False)
+    assert (missing, unexpected) == (["action_out_proj.bias"], ["foreign"])
+    linear = torch.nn.Linear(2, 3)
+    safetensors.torch.save_model(linear, tmp_path / "linear.safetensors")
+    load_model(linear, tmp_path / "linear.safetensors", device="cpu")
+    assert SAFETENSORS.torch.load_model is load_model
+    assert SAFETENSORS.torch.save_model is safetensors.torch.save_model
+
+
+def test_a_tensor_stays_in_its_file_until_it_is_used(tmp_path):
+    path, value = tmp_path / "some.safetensors", torch.randn(3, 4).bfloat16()
+    safetensors.torch.save_file({"x": value}, path)
+    stored = stored_tensors(path)["x"]
+    assert (stored.shape, stored.dtype) == (value.shape, value.dtype)
+    assert torch.equal(stored.T.float() + 1, value.T.float() + 1)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        stored.clone()
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8"])
+def test_a_model_that_awaits_a_checkpoint_does_nothing_before_all_of_it_is_there(base):
+    config = PI0Config(vocab_size=128, paligemma=Tower(64, 128, 2), expert=Tower(64, 128, 2), vision=VISION)
+    model = awaiting(config, base)
+    state = PI0(config).state_dict()
+    part = {name: tensor for name, tensor in state.items() if "action_in_proj" not in name}
+    for load in (lambda: None, lambda: model.load_state_dict(part, strict=False)):
+        load()
+        with pytest.raises(LoRAError, match="never loaded"):
+            model(None, None, None, None)
+    model.load_state_dict({name: t for name, t in state.items() if "embed_tokens" not in name}, strict=False)
+    with pytest.raises(TypeError, match="NoneType"):  # From the forward itself.
+        model(None, None, None, None)
+
+
+def test_a_file_may_lack_what_nothing_uses():
+    model, _ = adapted("pi0", torch.float32)
+    expert = model.paligemma_with_expert.gemma_expert
+    expert.lm_head = UnusedLinear(expert.lm_head)
+    before, state = expert.lm_head.weight.clone(), own(model.state_dict())
+    del state["paligemma_with_expert.gemma_expert.lm_head.weight"]
+    model.load_state_dict(state)
+    assert torch.equal(expert.lm_head.weight, before)
+    assert model.state_dict().keys() - state == {"paligemma_with_expert.gemma_expert.lm_head.weight"}
