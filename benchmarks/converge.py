@@ -1,6 +1,8 @@
 """Whether a quantised base trains as well: 300 steps of the small pi0 on each base, and how its losses end.
 
-Needs no GPU; nf4 needs bitsandbytes. Run as `python benchmarks/converge.py` from the repository's root.
+openpi's flow-matching loss, with adapters and heads that train, on the reference data's observations and actions. Every
+base has the same noise, times and first adapters. Needs no GPU; nf4 needs bitsandbytes. Run as
+`python benchmarks/converge.py` from the repository's root.
 """
 
 from __future__ import annotations
@@ -13,29 +15,28 @@ sys.path.insert(0, "tests")
 
 import torch
 
-from openpi_lora_patch.lora import lora_layers
+import golden
+from openpi_lora_patch.apply import apply_lora
+from openpi_lora_patch.lora import LoRAConfig, lora_layers
+from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.lora.quantized import FORMATS, quantize
-from openpi_lora_patch.models import joint
-from test_fast import PLAIN, adapted
+from openpi_lora_patch.reference import Reference
 
 
 def losses(base: str, steps: int) -> list[float]:
-    """Of a small model that learns a fixed, random output from inputs with fresh noise."""
-    model, inputs = adapted("pi0", torch.float32)
-    model.bfloat16()
+    data = Reference(golden.GOLDEN / "pi0_bfloat16.safetensors")
+    model = data.pi0().train()
+    torch.manual_seed(0)
+    targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=4.0))
+    apply_lora(model, paligemma=targets, action_expert=targets)
     if base != "bf16":
         quantize(lora_layers(model).values(), base)
-    parameters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    torch.manual_seed(0)
-    embeds = [inputs[name].bfloat16() for name in ("prefix_embs", "suffix_embs")]
-    mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38).bfloat16()
-    target = torch.randn(embeds[1].shape)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    observation, actions = data.observation(), data.inputs["actions"]
     found = []
-    for _ in range(steps):
-        noisy = [x + 0.1 * torch.randn_like(x) for x in embeds]
-        outputs = joint.forward(model.paligemma_with_expert, noisy, mask, inputs["position_ids"], (None, None), PLAIN)
-        loss = (outputs[1].float() - target).square().mean()
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = model(observation, actions, torch.randn_like(actions), torch.rand(len(actions))).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

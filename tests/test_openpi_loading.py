@@ -35,6 +35,7 @@ import openpi.training.config as training
 import torch
 from openpi_lora_patch.checkpoint import files
 
+logging.basicConfig(level=logging.INFO, force=True)
 task, folder = sys.argv[1:3]
 small, build = variants.get_config, pi0_pytorch.PI0Pytorch
 variants.get_config = lambda variant: dataclasses.replace(small(variant), mlp_dim=2**16)
@@ -101,6 +102,16 @@ def test_its_scripts_take_what_the_model_holds_and_little_more(task, base, held,
     whole = (large / "model.safetensors").stat().st_size
     assert whole > 250e6
     assert (most - before) / whole < held + 0.5  # The whole file besides would be 1 more.
+
+
+def test_its_scripts_keep_the_quantised_base_and_take_it_from_there(large):
+    settings = {"OPENPI_LORA_BASE": "int8", "OPENPI_LORA_BASE_CACHE": "1"}
+    told = ["is kept in", "is read from"]
+    for task, expected in ((TRAIN, told[:1]), (TRAIN, told[1:]), ("serve", told[1:])):
+        result = child(task, large, **settings)
+        assert result.returncode == 0, result.stderr
+        assert [text for text in told if text in result.stderr] == expected
+    (large / "model.safetensors.int8").unlink()
 
 
 @pytest.fixture(params=["bf16", "int8"])

@@ -13,7 +13,7 @@ from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.build import checkpoint_follows, complete, initialising
 from openpi_lora_patch.checkpoint import files
 from openpi_lora_patch.checkpoint.stored import stored_tensors
-from openpi_lora_patch.checkpoint.streaming import SAFETENSORS, load_model
+from openpi_lora_patch.checkpoint.streaming import load_model, streaming
 from openpi_lora_patch.checkpoint.training import load_adapters_through, save_adapters_only
 from openpi_lora_patch.errors import CheckpointError, LoRAError
 from openpi_lora_patch.lora import LoRAConfig, lora_layers
@@ -128,8 +128,7 @@ def test_what_is_missing_or_foreign_is_named_and_models_without_adapters_are_not
     linear = torch.nn.Linear(2, 3)
     safetensors.torch.save_model(linear, tmp_path / "linear.safetensors")
     load_model(linear, tmp_path / "linear.safetensors", device="cpu")
-    assert SAFETENSORS.torch.load_model is load_model
-    assert SAFETENSORS.torch.save_model is safetensors.torch.save_model
+    assert streaming(keep=False).torch.save_model is safetensors.torch.save_model
 
 
 def test_a_tensor_stays_in_its_file_until_it_is_used(tmp_path):
@@ -138,6 +137,9 @@ def test_a_tensor_stays_in_its_file_until_it_is_used(tmp_path):
     stored = stored_tensors(path)["x"]
     assert (stored.shape, stored.dtype) == (value.shape, value.dtype)
     assert torch.equal(stored.T.float() + 1, value.T.float() + 1)
+    safetensors.torch.save_file({"x": value + 1}, path)
+    with pytest.raises(CheckpointError, match="was replaced while it was loaded"):
+        stored.clone()
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         stored.clone()

@@ -67,6 +67,8 @@ class Settings:
             model has already (`OPENPI_LORA_BASE_WEIGHTS`).
         base: how the frozen weights under adapters are held: bf16 as openpi has them, or int8, nf4, fp8, see
             `lora.quantized` (`OPENPI_LORA_BASE`).
+        base_cache: keep a quantised base in a file beside the checkpoint that it was made from, and load it from there
+            (`OPENPI_LORA_BASE_CACHE`).
         adapters: names and folders of the adapters that a request to openpi's `serve_policy.py` can choose from
             (`OPENPI_LORA_ADAPTERS`, "name=folder,name=folder").
     """
@@ -84,6 +86,7 @@ class Settings:
     checkpoint: str = "auto"
     save: str = "model"
     base: str = "bf16"
+    base_cache: bool = False
     base_weights: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
 
@@ -102,6 +105,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
     "base": _choice("bf16", "int8", "nf4", "fp8"),
+    "base_cache": (_boolean, "0 or 1"),
     "base_weights": (str, "the path of a checkpoint"),
     "adapters": (_pairs, "name=folder, with commas between, each name once"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import torch
@@ -15,24 +16,37 @@ from . import files
 class StoredTensor(Tensor):
     """A tensor of a safetensors file, on the CPU: read anew by each operation that uses it, and then let go."""
 
-    path: files.Path
+    path: pathlib.Path
+    version: tuple[int, int]
     key: str
 
     @staticmethod
-    def __new__(cls, path: files.Path, key: str, dtype: torch.dtype, shape: list[int]) -> StoredTensor:
+    def __new__(cls, path: pathlib.Path, key: str, dtype: torch.dtype, shape: list[int]) -> StoredTensor:
         stored = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
-        stored.path, stored.key = path, key
+        stored.path, stored.version, stored.key = path, _version(path), key
         return stored
 
     def read(self) -> Tensor:
-        """The tensor, a view of the file, which is opened for it alone: pages stay in memory while one is open."""
+        """The tensor, a view of the file, which is opened for it alone: pages stay in memory while one is open.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is another one by now.
+        """
         with files.reading(self.path) as file:
-            return file.get_tensor(self.key)
+            tensor = file.get_tensor(self.key)
+        if _version(self.path) != self.version:
+            raise CheckpointError(f"{self.path} was replaced while it was loaded.", fix="load it again")
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map(lambda x: x.read() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def stored_tensors(path: files.Path) -> dict[str, Tensor]:
@@ -41,6 +55,7 @@ def stored_tensors(path: files.Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it cannot be read, is none, or holds a dtype that no checkpoint of pi0 has.
     """
+    path = pathlib.Path(path)
     with files.reading(path) as file:
         pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if foreign := [name for name, piece in pieces.items() if piece.get_dtype() not in files.TORCH_DTYPES]:

@@ -15,23 +15,30 @@ from torch import nn
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
 from ..replace import Overlay
-from . import files
+from . import cache, files
 from .stored import stored_tensors
 from .training import absent
 
 
 @functools.wraps(safetensors.torch.load_model)
 def load_model(
-    model: nn.Module, filename: files.Path, strict: bool = True, *args: Any, **kwargs: Any
+    model: nn.Module, filename: files.Path, strict: bool = True, *args: Any, keep: bool = False, **kwargs: Any
 ) -> tuple[list[str], list[str]]:
     """`safetensors.torch.load_model`; for a model with adapters a tensor at a time, wherever they are wanted first.
+
+    Args:
+        model, filename, strict: see there.
+        keep: keep the quantised form of what is loaded beside the file, and take it from there, see `cache`.
 
     Raises:
         CheckpointError: the file cannot be read, does not fit, or (`strict`) lacks tensors or has others.
     """
     if not lora_layers(model):
         return safetensors.torch.load_model(model, filename, strict, *args, **kwargs)
-    missing, unexpected = model.load_state_dict(stored_tensors(filename), strict=False)
+    tensors: dict[str, Any] = dict(stored_tensors(filename))
+    layers = cache.quantized_layers(model, tensors) if keep else {}
+    held = cache.read(layers, filename) if layers else {}
+    missing, unexpected = model.load_state_dict(tensors | held, strict=False)
     missing = absent(model, missing)
     if strict and (missing or unexpected):
         raise CheckpointError(
@@ -39,8 +46,12 @@ def load_model(
             found=f"missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}",
             fix="use the variants that it was trained with",
         )
+    if layers and not held:
+        cache.write(layers, filename)
     return missing, unexpected
 
 
-# What programs are given in the place of the module.
-SAFETENSORS = Overlay(safetensors, torch=Overlay(safetensors.torch, load_model=load_model))
+def streaming(*, keep: bool) -> Overlay:
+    """What a program is given in the place of the module `safetensors`; `keep` as for `load_model`."""
+    loading = functools.partial(load_model, keep=keep)
+    return Overlay(safetensors, torch=Overlay(safetensors.torch, load_model=loading))

@@ -15,7 +15,7 @@ import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,25 @@ def require(name: str) -> None:
             expected=f"{chosen.capability[0]}.{chosen.capability[1]} or newer",
             fix="set OPENPI_LORA_BASE to int8 or nf4",
         )
+
+
+class Held(NamedTuple):
+    """A weight as a `QuantizedLinear` has it; stands for it in a state dict that is loaded.
+
+    Attributes:
+        data, scale: see `Format`.
+        source: `sample` of the weight that it was made from.
+        shape: (out, in).
+    """
+
+    data: Tensor
+    scale: Tensor
+    source: Tensor
+    shape: tuple[int, int]
+
+    def detach(self) -> Held:
+        """Itself, which has no gradient."""
+        return self
 
 
 class HeldLinear(nn.Module, abc.ABC):
@@ -238,8 +257,12 @@ class QuantizedLinear(HeldLinear):
         self.scale = self.scale.to(self.data.device)
         return super()._apply(fn, recurse)
 
-    def _take(self, weight: Tensor) -> None:
-        self._hold(weight, self.data.device)
+    def _take(self, weight: Tensor | Held) -> None:
+        if isinstance(weight, Held):
+            self.data, self.scale = (part.to(self.data.device, copy=True) for part in (weight.data, weight.scale))
+            self.source = weight.source.clone()
+        else:
+            self._hold(weight, self.data.device)
 
 
 class _Product(torch.autograd.Function):

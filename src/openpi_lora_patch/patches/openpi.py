@@ -58,7 +58,7 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
             expert.lm_head = UnusedLinear(expert.lm_head)
             openpi_fast.enable(self)
             load_adapters_through(self, settings.base_weights)
-            openpi_training.patch(script, adapters_only=settings.save == "adapter")
+            openpi_training.patch(script, settings)
             if settings.save == "adapter":
                 save_adapters_only(self)
         if follows():

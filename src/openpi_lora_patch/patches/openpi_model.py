@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..build import checkpoint_follows
-from ..checkpoint.streaming import SAFETENSORS
+from ..checkpoint.streaming import streaming
 from ..replace import replace
 from ..settings import Settings
 
@@ -20,7 +20,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     """Say, while `load_pytorch` runs, that a checkpoint follows, and load that one tensor at a time."""
     cls = module.BaseModelConfig
     replace(undo, cls, "load_pytorch", _loading(cls.load_pytorch))
-    replace(undo, module, "safetensors", SAFETENSORS)
+    replace(undo, module, "safetensors", streaming(keep=settings.base_cache))
 
 
 def _loading(original: Any) -> Any:

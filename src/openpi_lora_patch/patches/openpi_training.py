@@ -19,22 +19,21 @@ import torch
 
 from ..build import checkpoint_follows
 from ..checkpoint import optimizer
-from ..checkpoint.streaming import SAFETENSORS
+from ..checkpoint.streaming import streaming
 from ..replace import Overlay, replace
+from ..settings import Settings
 
 
-def patch(undo: contextlib.ExitStack, *, adapters_only: bool) -> None:
-    """Patch the running program, if it is openpi's script and was not patched before.
+def patch(undo: contextlib.ExitStack, settings: Settings) -> None:
+    """Patch the running program, if it is openpi's script and was not patched before; `undo` takes what restores it.
 
-    Args:
-        undo: takes what restores it.
-        adapters_only: write no pickles, too; without, only what is read is held to be none.
+    With adapter-only checkpoints it writes no pickles either.
     """
     script = _script()
     if script is not None and vars(script).get("torch") is torch:
-        save = optimizer.save if adapters_only else torch.save
+        save = optimizer.save if settings.save == "adapter" else torch.save
         replace(undo, script, "torch", Overlay(torch, save=save, load=optimizer.load))
-        replace(undo, script, "safetensors", SAFETENSORS)
+        replace(undo, script, "safetensors", streaming(keep=settings.base_cache))
         replace(undo, script, "save_checkpoint", _naming(script.save_checkpoint))
 
 
