@@ -24,15 +24,12 @@ from openpi_lora_patch.reference import FOLDER, Reference
 DATA = Reference(FOLDER / "pi0_float32.safetensors")
 
 
-def pi0(preset="default", *, rank=4, expert=True, seed=None, data=DATA):
+def pi0(preset="default", *, rank=4, expert=True, seed=None, data=DATA, use_dora=False):
     model = data.pi0()
-    paligemma = dict.fromkeys(ATTENTION + FFN, LoRAConfig(rank=rank, alpha=8.0))
-    apply_lora(
-        model,
-        paligemma=paligemma,
-        action_expert=dict.fromkeys(ATTENTION, LoRAConfig(rank=2, alpha=6.0, rslora=True)) if expert else None,
-        preset=preset,
-    )
+    paligemma = dict.fromkeys(ATTENTION + FFN, LoRAConfig(rank=rank, alpha=8.0, use_dora=use_dora))
+    config = LoRAConfig(rank=2, alpha=6.0, rslora=True, use_dora=use_dora)
+    action_expert = dict.fromkeys(ATTENTION, config) if expert else None
+    apply_lora(model, paligemma=paligemma, action_expert=action_expert, preset=preset)
     return train(model, seed) if seed is not None else model
 
 

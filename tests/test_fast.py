@@ -28,13 +28,14 @@ CHANGES = [
 MODELS = ("pi0", "pi05")
 
 
-def adapted(kind, dtype=torch.float64):
+def adapted(kind, dtype=torch.float64, *, use_dora=False):
     """A small model with adapters that are not zero, and the inputs of its towers."""
     data = Reference(golden.GOLDEN / f"{kind}_float32.safetensors")
     model = data.pi0()
-    targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=8.0))
+    targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=8.0, use_dora=use_dora))
     torch.manual_seed(0)
-    apply_lora(model, paligemma=targets, action_expert={**targets, "q_proj": LoRAConfig(rank=3, alpha=3.0)})
+    other = {"q_proj": LoRAConfig(rank=3, alpha=3.0, use_dora=use_dora)}
+    apply_lora(model, paligemma=targets, action_expert=targets | other)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
         layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(dtype), layer.lora_B.data.to(dtype)

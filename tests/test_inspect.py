@@ -37,8 +37,8 @@ def test_an_adapter_of_peft_and_one_that_is_no_plain_lora(tmp_path):
     save_file(tensors, folder / adapters.WEIGHTS)
     assert "PEFT saved" in describe(folder).kind
     config = json.loads((folder / adapters.CONFIG).read_text())
-    (folder / adapters.CONFIG).write_text(json.dumps(config | {"use_dora": True}))
-    assert "use_dora" in describe(folder).needs
+    (folder / adapters.CONFIG).write_text(json.dumps(config | {"use_qalora": True}))
+    assert "use_qalora" in describe(folder).needs
     save_file(tensors, tmp_path / "alone.safetensors")
     assert "somebody else" in describe(tmp_path / "alone.safetensors").kind
 

@@ -1,6 +1,9 @@
 """Adapters go to PEFT and come from it with equal outputs; what is no plain LoRA is refused."""
 
+import contextlib
 import json
+import re
+import time
 
 import pytest
 import torch
@@ -117,7 +120,7 @@ def test_a_model_inside_a_policy_takes_the_policys_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("bias", "all"),
         ("init_lora_weights", "pissa"),
         ("fan_in_fan_out", True),
@@ -133,7 +136,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path, option, value):
     config = json.loads(path.read_text())
     config["rank_pattern"] = {}
     path.write_text(json.dumps(config | {option: value}))
-    with pytest.raises(CheckpointError, match=option if value is not None else "no meaning"):
+    with pytest.raises(CheckpointError, match=option if value not in (None, "yes") else "no meaning"):
         adapters.load_adapter(DATA.pi0(), tmp_path / "adapter")
 
 
@@ -142,3 +145,59 @@ def test_mixed_rslora_keeps_each_scaling():
     described = json.loads(json.dumps(peft.describe(configs, [])))
     restored = peft.lora_configs(described, configs)
     assert all(peft.same_function(restored[name], config) for name, config in configs.items())
+
+
+def ranks(patterns, names):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": patterns}
+    return [found.rank for found in peft.lora_configs(config, names).values()]
+
+
+PIECES = [
+    "a",
+    "b",
+    ".",
+    "|",
+    "(",
+    "(?:",
+    ")",
+    "a|a",
+    "(a|a)",
+    "(a+)+",
+    ".*",
+    "a*",
+    "[ab]+",
+    "[",
+    "]",
+    "+",
+    "{9}",
+    r"\.",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Possible")
+@given(pattern=st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+@settings(max_examples=300, deadline=2000)
+def test_no_pattern_of_a_strangers_takes_for_ever(pattern):
+    name = "a" * 60 + ".b" * 60
+    with contextlib.suppress(CheckpointError):
+        assert ranks({pattern: 3}, [name]) == [3 if re.match(rf"(.*\.)?({pattern})$", name) else 2]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+b", "((a|b)*)c", "(a|a)" * 30 + "c", "(.|a)(?:a|.)c", ".*.*.*c", "(a*){9}c", "a" * 300, "(", "[]*]*?+)*"],
+)
+def test_a_pattern_without_a_bound_is_refused_unmatched(pattern):
+    with pytest.raises(CheckpointError, match="no meaning"):
+        ranks({pattern: 3}, [f"layers.{i}." + "a" * 60 for i in range(500)])
+
+
+def test_patterns_that_take_too_long_together_are_refused(monkeypatch):
+    names = [".".join("a" * 80) + f"{i}" for i in range(500)]
+    named = {re.escape(name): rank for rank, name in enumerate(names, start=1)}
+    assert ranks(named, names) == list(named.values())
+    monkeypatch.setattr(peft, "_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="20 patterns"):
+        ranks({f".+.+(a|.|a.|..|a.a|...)x{i}": 3 for i in range(20)}, names)
+    assert time.monotonic() - began < 5

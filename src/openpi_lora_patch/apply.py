@@ -33,7 +33,8 @@ class Counts:
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         sizes += [(math.prod(m.shape), False) for m in model.modules() if isinstance(m, HeldLinear)]
         trainable = sum(size for size, trains in sizes if trains)
-        return cls(2 * len(lora_layers(model)), trainable, sum(size for size, _ in sizes))
+        lora_tensors = sum(len(list(layer.parameters(recurse=False))) for layer in lora_layers(model).values())
+        return cls(lora_tensors, trainable, sum(size for size, _ in sizes))
 
 
 def apply_lora(

@@ -51,6 +51,7 @@ class Settings:
         parametrisation: of what parameters adapters are made (`OPENPI_LORA_PARAMETRISATION`): PEFT's, or those of
             openpi's JAX code, see `lora.jax`; jax has `freeze` default to jax.
         dropout: probability with which an element of an adapter's input is zeroed in training (`OPENPI_LORA_DROPOUT`).
+        dora: adapters with a magnitude of its own for each row (`OPENPI_LORA_DORA`), see `lora.dora`.
         joint: train with a forward of our own for both towers (`OPENPI_LORA_JOINT`); the rest are parts of it, each
             the same function of the weights, and "auto" on for GPUs from Ampere on.
         attention: ours and torch's kernels, triton, torch's alone, sdpa, or transformers' eager
@@ -77,6 +78,7 @@ class Settings:
     freeze: str = "default"
     parametrisation: str = "peft"
     dropout: float = 0.0
+    dora: bool = False
     joint: bool = True
     attention: str = "auto"
     fused: str = "auto"
@@ -96,6 +98,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "freeze": (_preset, " or ".join(FREEZE_PRESETS)),
     "parametrisation": _choice(*PARAMETRISATIONS),
     "dropout": (_dropout, "a number from 0 up to, not including, 1"),
+    "dora": (_boolean, "0 or 1"),
     "joint": (_boolean, "0 or 1"),
     "attention": _choice("auto", "triton", "sdpa", "eager"),
     "fused": _choice("auto", "0", "1"),

@@ -7,6 +7,7 @@ the adapters were trained on, so that no other base is taken for them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from ..distributed import fill, whole
 from ..errors import CheckpointError, LoRAError
 from ..lora.config import LoRAConfig
-from ..lora.inject import lora_layers
+from ..lora.dora import with_magnitude
+from ..lora.inject import adapted, lora_layers
 from ..lora.layer import LoRALinear
 from ..lora.quantized import QuantizedLinear, sample, stored_weight
 from . import files, peft
@@ -38,7 +40,7 @@ class Adapter:
 
     Attributes:
         config: PEFT's `adapter_config.json`.
-        tensors: by PEFT's names; adapters float32 (r, in) and (out, r), saved modules in their own dtype.
+        tensors: by PEFT's names; adapters float32 (r, in), (out, r) and (out), saved modules in their own dtype.
         metadata: `version`, `base`, `preset`, `model` and `openpi_config` where we wrote it, empty where PEFT did.
 
     Raises:
@@ -56,12 +58,12 @@ class Adapter:
         if not isinstance(model, dict):
             raise CheckpointError("An adapter's metadata have no meaning.", found=f"model={model!r:.200}")
 
-    @property
+    @functools.cached_property
     def lora(self) -> dict[str, LoRAConfig]:
         """The adapter of each Linear, by its full name.
 
         Raises:
-            CheckpointError: no plain LoRA.
+            CheckpointError: neither LoRA nor DoRA.
         """
         return peft.lora_configs(self.config, peft.adapted_modules(self.tensors))
 
@@ -69,20 +71,34 @@ class Adapter:
         """`lora_A` (r, in) and `lora_B` (out, r) of one of the Linears in `lora`.
 
         Raises:
-            CheckpointError: one is missing, or their ranks are not the configuration's.
+            CheckpointError: a tensor of its adapter is missing, or they do not fit the configuration and each other.
         """
-        names = [peft.tensor_name(linear, matrix) for matrix in ("lora_A", "lora_B")]
+        config = self.lora[linear]
+        names = peft.tensor_names(linear, config)
         if absent := [name for name in names if name not in self.tensors]:
             raise CheckpointError("An adapter lacks a matrix.", found=f"no {absent[0]}")
-        A, B = (self.tensors[name] for name in names)
-        rank = peft.lora_configs(self.config, [linear])[linear].rank
-        if not (A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == rank):
+        A, B, *magnitude = (self.tensors[name] for name in names)
+        fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == config.rank
+        if not fits or any(vector.shape != B.shape[:1] for vector in magnitude):
             raise CheckpointError(
-                "The matrices of an adapter do not fit each other.",
-                found=f"{linear} A {tuple(A.shape)} B {tuple(B.shape)} for rank {rank}",
-                expected="A (rank, in) and B (out, rank)",
+                "The tensors of an adapter do not fit each other.",
+                found=f"{linear} {', '.join(str(tuple(t.shape)) for t in (A, B, *magnitude))} for rank {config.rank}",
+                expected="A (rank, in), B (out, rank) and, with DoRA, a magnitude (out)",
             )
         return A, B
+
+    def delta(self, linear: str, weight: Tensor) -> Tensor:
+        """What the adapter of one of the Linears in `lora` adds to its base weight (out, in), float32.
+
+        Raises:
+            CheckpointError: see `matrices`.
+        """
+        A, B = self.matrices(linear)
+        config = self.lora[linear]
+        delta = config.scaling * (B.float() @ A.float())
+        if not config.use_dora:
+            return delta
+        return with_magnitude(weight, delta, self.tensors[peft.tensor_name(linear, peft.MAGNITUDE)].float())
 
     def without_prefix(self, prefix: str) -> Adapter:
         """The same for a model that lies at `prefix` of the saved one (lerobot's policy has it at "model.")."""
@@ -122,7 +138,7 @@ def load_adapter(model: nn.Module, folder: files.Path, *, check_base: bool = Tru
 
     Raises:
         CheckpointError: another base, another rank or scaling, tensors that are missing, unexpected, of another shape
-            or not finite, a file that cannot be read, or no plain LoRA.
+            or not finite, a file that cannot be read, or neither LoRA nor DoRA.
     """
     adapter = fitting(model, read_adapter(folder), check_base=check_base)
     if not lora_layers(model):
@@ -130,7 +146,7 @@ def load_adapter(model: nn.Module, folder: files.Path, *, check_base: bool = Tru
             parent, _, child = name.rpartition(".")
             linear = model.get_submodule(name)
             # This one alone: there may be others of its name further below.
-            setattr(model.get_submodule(parent), child, LoRALinear(linear, config))
+            setattr(model.get_submodule(parent), child, adapted(linear, config))
     with torch.no_grad():
         for name, target in targets(model, adapter).items():
             fill(target, adapter.tensors[name])
@@ -151,8 +167,8 @@ def take(model: nn.Module, openpi_config: str | None = None) -> Adapter:
     config = peft.describe({name: layer.config for name, layer in layers.items()}, saved)
     tensors = {name: whole(tensor.detach()) for name, tensor in _whole(model, saved).items()}
     for name, layer in layers.items():
-        tensors[peft.tensor_name(name, "lora_A")] = whole(layer.lora_A.detach())
-        tensors[peft.tensor_name(name, "lora_B")] = whole(layer.lora_B.detach())
+        for own in peft.parameters(layer.config):
+            tensors[peft.tensor_name(name, own)] = whole(getattr(layer, own).detach())
     require_finite(tensors)
     metadata = {
         "version": version(),
@@ -334,8 +350,9 @@ def _expected(model: nn.Module, configs: Mapping[str, LoRAConfig], saved: list[s
     shapes: dict[str, tuple[int, ...]] = {}
     for name, config in configs.items():
         linear: Any = model.get_submodule(name)
-        shapes[peft.tensor_name(name, "lora_A")] = (config.rank, linear.in_features)
-        shapes[peft.tensor_name(name, "lora_B")] = (linear.out_features, config.rank)
+        own: list[tuple[int, ...]] = [(config.rank, linear.in_features), (linear.out_features, config.rank)]
+        own += [(linear.out_features,)] * config.use_dora
+        shapes.update(zip(peft.tensor_names(name, config), own, strict=True))
     return shapes | {name: tuple(tensor.shape) for name, tensor in _whole(model, saved).items()}
 
 
@@ -349,8 +366,7 @@ def targets(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """What each tensor of a fitting adapter is copied to."""
     targets = _whole(model, _saved_modules(model, adapter))
     for name, layer in lora_layers(model).items():
-        for matrix, parameter in zip(("lora_A", "lora_B"), layer.parameters(recurse=False), strict=True):
-            targets[peft.tensor_name(name, matrix)] = parameter
+        targets.update(zip(peft.tensor_names(name, layer.config), layer.parameters(recurse=False), strict=True))
     return targets
 
 
@@ -415,17 +431,18 @@ def _require_same_layers(layers: Mapping[str, LoRALinear], configs: Mapping[str,
             fix="use the variants that it was trained with",
         )
     other = [
-        f"{name} has rank {config.rank} and scaling {config.scaling:g}, the model {layers[name].extra_repr()}"
+        f"{name} has rank {config.rank}, scaling {config.scaling:g} and use_dora {config.use_dora}, "
+        f"the model is {type(layers[name]).__name__}({layers[name].extra_repr()})"
         for name, config in configs.items()
         if not peft.same_function(config, layers[name].config)
     ]
     if other:
         raise CheckpointError(
-            "The adapter has another rank or scaling than the model.",
+            "The adapter has another rank or scaling than the model, or one of the two is DoRA.",
             found=_some(other),
             expected="the model's",
-            fix="use the variants that it was trained with, with OPENPI_LORA_PARAMETRISATION=jax if that was JAX; or "
-            "load it into a model without adapters",
+            fix="use the variants that it was trained with, with OPENPI_LORA_PARAMETRISATION=jax if that was JAX, and "
+            "OPENPI_LORA_DORA=1 if that was DoRA; or load it into a model without adapters",
         )
 
 

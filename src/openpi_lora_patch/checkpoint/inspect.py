@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import adapters, files
+from . import adapters, files, peft
 from .orbax import JaxCheckpoint
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -83,6 +83,8 @@ def _adapter(adapter: adapters.Adapter, progress: Progress) -> Description:
         A, B = adapter.matrices(name)
         deltas[name] = configs[name].rank, configs[name].scaling * _norm_of_product(B.float(), A.float())
     facts["ranks"] = ", ".join(map(str, sorted({rank for rank, _ in deltas.values()})))
+    if any(config.use_dora for config in configs.values()):
+        facts["use_dora"] = "True; the norms are those of the directions' change, scaling * B A"
     return Description(kind, f"{base}, and load_adapter() or PEFT", facts, deltas)
 
 
@@ -100,6 +102,8 @@ def _file(path: pathlib.Path, progress: Progress) -> Description:
         if ".lora_A" in name
     }
     pi0 = any("paligemma_with_expert." in name for name in shapes)
+    if any(name.endswith(peft.MAGNITUDE) for name in shapes):
+        facts["use_dora"] = "True"
     if deltas and pi0 and any(name.endswith(".base_layer.weight") for name in shapes):
         return Description("whole pi0 or pi0.5 with adapters", "the *_lora variants it was trained with", facts, deltas)
     if any("lora" in name.lower() for name in shapes):

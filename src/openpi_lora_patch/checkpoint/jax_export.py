@@ -116,6 +116,7 @@ class _Source:
         Raises:
             CheckpointError: it does not fit, or was trained on another base.
         """
+        _require_no_dora(adapter.tensors)
         configs, trained_on, shapes = adapter.lora, adapter.metadata.get("base"), self.shapes
         adapters.require_finite(adapter.tensors)
         self.adapters = {name: (*adapter.matrices(name), config.scaling) for name, config in configs.items()}
@@ -137,6 +138,7 @@ class _Source:
     def take(self, names: Iterable[str], variants: Variants) -> None:
         """Take the adapters that lie in the file itself, `names` of it; their scaling is that of openpi's variants."""
         tensors = {name: self._file.get_tensor(name) for name in names}
+        _require_no_dora(tensors)
         # PEFT's parametrisation scales the FFN as it does attention.
         ffn = "mlp/" if any(name.endswith(".lora_B_heads") for name in tensors) else ""
         for linear in sorted(name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")):
@@ -359,6 +361,11 @@ def _alone(checkpoint: files.Path) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint} holds adapters without their base.", fix="give the base that they were trained on, as --base"
     )
+
+
+def _require_no_dora(names: Iterable[str]) -> None:
+    if dora := [name for name in names if name.endswith(peft.MAGNITUDE)]:
+        raise _inexpressible(f"DoRA, {min(dora)}", "LoRA; or merge it, and convert what that writes")
 
 
 def _unfit(found: str, expected: str) -> CheckpointError:

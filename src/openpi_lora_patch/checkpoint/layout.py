@@ -1,7 +1,7 @@
 """Let a LoRA model load, through plain `load_state_dict`, checkpoints whose names or shapes differ from its own.
 
 Three layouts are accepted, one a file:
-- a base checkpoint: `q_proj.weight`, no adapters. The adapters keep the values they have.
+- a base checkpoint: `q_proj.weight`, no adapters. The adapters keep the values they have; fresh ones follow the base.
 - our own: `q_proj.base_layer.weight`, `q_proj.lora_A` (r, in), `q_proj.lora_B` (out, r).
 - the same with both adapter matrices transposed: `lora_A` (in, r), `lora_B` (r, out).
 
@@ -31,21 +31,30 @@ def accept_base_checkpoints(model: nn.Module) -> None:
     A tensor of another shape than the model's makes the load raise `CheckpointError` before anything is copied.
     """
     model.register_load_state_dict_pre_hook(_before_load)
+    model.register_load_state_dict_post_hook(_after_load)
 
 
-def _before_load(model: nn.Module, state_dict: StateDict, prefix: str, *_: Any) -> None:
+def _before_load(model: Any, state_dict: StateDict, prefix: str, *_: Any) -> None:
     layers = {prefix + name: layer for name, layer in lora_layers(model).items()}
     _rename_base_layers(layers, state_dict)
     adapters = _adapters(layers)
     # Where nothing of these layers is in the file, the caller reports what is missing.
-    if any(f"{name}.base_layer.weight" in state_dict for name in layers):
+    held = any(f"{name}.base_layer.weight" in state_dict for name in layers)
+    model._base_alone = held and adapters.keys().isdisjoint(state_dict)
+    if held:
         _keep_unused(model, state_dict, prefix)
-        if adapters.keys().isdisjoint(state_dict):
-            state_dict.update(adapters)
-            logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
+    if model._base_alone:
+        state_dict.update(adapters)
+        logger.info("The checkpoint holds no adapters: %d adapters keep the values they have", len(layers))
     if _is_transposed(adapters, state_dict):
-        state_dict.update({name: state_dict[name].T for name in adapters.keys() & state_dict.keys()})
+        state_dict.update({name: state_dict[name].t() for name in adapters.keys() & state_dict.keys()})
     _check_shapes(model, state_dict, prefix)
+
+
+def _after_load(model: Any, _: Any) -> None:
+    if model._base_alone:
+        for layer in lora_layers(model).values():
+            layer.follow_base()
 
 
 def _rename_base_layers(layers: dict[str, LoRALinear], state_dict: StateDict) -> None:

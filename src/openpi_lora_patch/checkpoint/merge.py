@@ -98,11 +98,11 @@ class Merging:
         self.quantization: str = adapter.metadata.get("quantization", "")
         if self.quantization:
             require(self.quantization)
-        matrices = {peft.tensor_name(name, m) for name in self.configs for m in ("lora_A", "lora_B")}
+        own = {tensor for name, config in self.configs.items() for tensor in peft.tensor_names(name, config)}
         self.replaced = {
             self._stored_name(name.removeprefix(peft.PREFIX)): tensor
             for name, tensor in self.adapter.tensors.items()
-            if name not in matrices
+            if name not in own
         }
 
     def _stored_name(self, name: str) -> str:
@@ -151,10 +151,9 @@ class Merging:
         for name in names:
             linear = name.removesuffix(".weight")
             if linear in self.configs and name != linear:
-                A, B = self.adapter.matrices(linear)
                 plain = self.file.get_tensor(name)
                 weight = (round_trip(plain, self.quantization) if self.quantization else plain).float()
-                delta = self.configs[linear].scaling * (B.float() @ A.float())
+                delta = self.adapter.delta(linear, weight)
                 stored = (weight + delta).to(dtypes[name])
                 drift = ((weight - plain.float()).norm() / plain.float().norm()).item()
                 report[linear] = dataclasses.replace(_rounding(weight, delta, stored), drift=drift)

@@ -24,9 +24,10 @@ class LoRAConfig:
         dropout: probability with which an element of the adapter's input is zeroed in training.
         form: which parameters the two matrices are made of, see `lora.jax`.
         heads: number of them, for the forms that have parameters for each.
+        use_dora: rows of the adapted weight have norms of their own that train, see `lora.dora`.
 
     Raises:
-        LoRAError: a rank below 1, an alpha that is not finite, or a dropout outside [0, 1).
+        LoRAError: a rank below 1, an alpha that is not finite, a dropout outside [0, 1), or DoRA of JAX's.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class LoRAConfig:
     dropout: float = 0.0
     form: str = "plain"
     heads: int = 1
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -43,6 +45,8 @@ class LoRAConfig:
             raise LoRAError("A LoRA alpha has to be finite.", found=str(self.alpha))
         if not 0.0 <= self.dropout < 1.0:
             raise LoRAError("A LoRA dropout has to be in [0, 1).", found=str(self.dropout))
+        if self.use_dora and self.form != "plain":
+            raise LoRAError("openpi's JAX code has no DoRA.", fix="leave out OPENPI_LORA_DORA, or _PARAMETRISATION=jax")
 
     @property
     def scaling(self) -> float:
@@ -50,13 +54,15 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def from_openpi(lora_configs: Mapping[str, Any], dropout: float = 0.0) -> dict[str, LoRAConfig]:
+def from_openpi(
+    lora_configs: Mapping[str, Any], dropout: float = 0.0, *, use_dora: bool = False
+) -> dict[str, LoRAConfig]:
     """Adapters by Linear name, for one tower, from the `lora_configs` of an openpi variant (`openpi/models/gemma.py`).
 
     Args:
         lora_configs: openpi's own `LoRAConfig` (`openpi/models/lora.py`) under "attn", "ffn" or both; empty where the
             variant has no LoRA.
-        dropout: see `LoRAConfig`; openpi's has none.
+        dropout, use_dora: see `LoRAConfig`; openpi's has neither.
 
     Raises:
         LoRAError: a key other than these two.
@@ -65,7 +71,7 @@ def from_openpi(lora_configs: Mapping[str, Any], dropout: float = 0.0) -> dict[s
     if unknown := sorted(set(lora_configs) - set(names)):
         raise LoRAError("Unknown LoRA kind in an openpi variant.", found=str(unknown), expected=str(sorted(names)))
     return {
-        name: LoRAConfig(rank=theirs.rank, alpha=theirs.alpha, rslora=theirs.rslora, dropout=dropout)
+        name: LoRAConfig(theirs.rank, theirs.alpha, theirs.rslora, dropout, use_dora=use_dora)
         for kind, theirs in lora_configs.items()
         for name in names[kind]
     }

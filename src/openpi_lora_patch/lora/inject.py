@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import LoRAError
 from .config import LoRAConfig
+from .dora import DoRALinear
 from .jax import FORMS
 from .layer import LoRALinear
 
@@ -43,9 +44,13 @@ def inject(root: nn.Module, targets: Mapping[str, LoRAConfig]) -> list[str]:
     if unfit:
         raise LoRAError("Some LoRA targets cannot take an adapter.", found=", ".join(unfit[:5]), expected="Linears")
     for parent, name, child in found.values():
-        config = targets[name]
-        setattr(parent, name, FORMS[config.form](child, config))
+        setattr(parent, name, adapted(child, targets[name]))
     return list(found)
+
+
+def adapted(linear: nn.Module, config: LoRAConfig) -> LoRALinear:
+    """`linear` with an adapter of the kind that `config` says."""
+    return (DoRALinear if config.use_dora else FORMS[config.form])(linear, config)
 
 
 def lora_layers(root: nn.Module) -> dict[str, LoRALinear]:

@@ -30,7 +30,7 @@ class PerHeadLoRALinear(JaxLoRALinear):
     r / heads) their Bs, the blocks of the diagonal of `lora_B`.
     """
 
-    def _make_B(self) -> None:
+    def _make_rest(self) -> None:
         heads = self.config.heads
         self.lora_B_heads = self._parameter(heads, self.out_features // heads, self.config.rank // heads)
 
@@ -55,7 +55,7 @@ class HeadSumLoRALinear(JaxLoRALinear):
     times as far as one B. How the sum is split over the heads changes neither.
     """
 
-    def _make_B(self) -> None:
+    def _make_rest(self) -> None:
         self.lora_B_heads = self._parameter(self.config.heads, self.out_features, self.config.rank)
 
     @property

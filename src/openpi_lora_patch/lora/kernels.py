@@ -43,7 +43,9 @@ class Norm:
 def fusable(linear: nn.Module) -> bool:
     """Whether the functions below compute what `linear` does: a frozen weight, with or without an adapter."""
     base = linear.base_layer if isinstance(linear, LoRALinear) else linear
-    if isinstance(linear, LoRALinear) and (linear.merged or (linear.training and linear.config.dropout > 0)):
+    if isinstance(linear, LoRALinear) and (
+        linear.merged or linear.config.use_dora or (linear.training and linear.config.dropout > 0)
+    ):
         return False
     plain = type(base) in (nn.Linear, QuantizedLinear) and base.bias is None
     return plain and not stored_weight(base).requires_grad

@@ -42,11 +42,11 @@ class LoRALinear(nn.Module):
         self.config = config
         self.scaling = config.scaling
         self.lora_A = self._parameter(config.rank, self.in_features)
-        self._make_B()
+        self._make_rest()
         self._unmerged: Tensor | None = None
         self.reset_parameters()
 
-    def _make_B(self) -> None:
+    def _make_rest(self) -> None:
         self.lora_B = self._parameter(self.out_features, self.config.rank)
 
     def _parameter(self, *shape: int) -> nn.Parameter:
@@ -58,6 +58,9 @@ class LoRALinear(nn.Module):
         """Start afresh: an adapter that changes nothing."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    def follow_base(self) -> None:
+        """Start from the base weight as it is now, in a fresh adapter that depends on it."""
 
     def parameter_for(self, B: Tensor) -> Tensor:
         """What the parameter that `lora_B` is made of holds when `lora_B` is to be `B` (out, r)."""
@@ -97,9 +100,10 @@ class LoRALinear(nn.Module):
                 raise LoRAError("A merged adapter cannot be trained.", fix="call unmerge(), or eval() for inference")
             # Without a second `Module.__call__`, which one sample's small kernels do not hide.
             return self.base_layer.forward(x)
-        result = self.base_layer(x)
-        h = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype))
-        return result + F.linear(h, (self.lora_B * self.scaling).to(x.dtype))
+        return self.base_layer(x) + self._update(F.dropout(x, self.config.dropout, self.training))
+
+    def _update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), (self.lora_B * self.scaling).to(x.dtype))
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to the base weight, (out, in), float32."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..lora import kernels, pointwise
+from ..lora.dora import DoRALinear
 from ..lora.quantized import stored_weight
 from ..patches.gemma import gated_residual
 from ..settings import Settings
@@ -218,9 +219,11 @@ def _recomputed(models: Sequence[Any], embeds: Sequence[Tensor], policy: str) ->
         attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
         wide = 2 * mlp.gate_proj.out_features
         projected = attention.q_proj.out_features * 2 + attention.k_proj.out_features * 2
+        # DoRA's Linears run one by one, and keep about four times as much.
+        inside = elements * (4 if isinstance(mlp.gate_proj, DoRALinear) else 1)
         least += elements * 2 * x.shape[-1]
-        kept += elements * (wide + projected + 2 * x.shape[-1])
-        spare += elements * 2 * wide
+        kept += inside * (wide + projected + 2 * x.shape[-1])
+        spare += inside * 2 * wide
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room = 0.9 * free - spare - layers * least

@@ -103,7 +103,7 @@ def _building(original: Any, settings: Settings) -> Any:
 def _adapters(variant: str, settings: Settings) -> dict[str, LoRAConfig]:
     if variant not in _VARIANTS:
         return {}
-    config = dataclasses.replace(_VARIANTS[variant], dropout=settings.dropout)
+    config = dataclasses.replace(_VARIANTS[variant], dropout=settings.dropout, use_dora=settings.dora)
     adapters = dict.fromkeys(ATTENTION + FFN, config)
     return as_jax(adapters, _HEADS) if settings.parametrisation == "jax" else adapters
 

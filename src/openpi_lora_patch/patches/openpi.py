@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..replace import replace
 from ..settings import Settings
 from . import openpi_fast, openpi_sample, openpi_training, paligemma
 from .openpi_variants import is_dummy
+
+logger = logging.getLogger("openpi_lora_patch")
 
 # Beside openpi's `dummy` towers a full SigLIP would take 8 s a step on two cores.
 _SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -57,6 +60,8 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
             expert = self.paligemma_with_expert.gemma_expert
             expert.lm_head = UnusedLinear(expert.lm_head)
             openpi_fast.enable(self)
+            if settings.dora:
+                logger.info("DoRA: Linears with adapters run one by one; OPENPI_LORA_FUSED does not apply to them")
             load_adapters_through(self, settings.base_weights)
             openpi_training.patch(script, settings)
             if settings.save == "adapter":
@@ -68,7 +73,7 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
 
 
 def _adapters(variant: Any, settings: Settings) -> dict[str, LoRAConfig]:
-    adapters = from_openpi(variant.lora_configs, settings.dropout)
+    adapters = from_openpi(variant.lora_configs, settings.dropout, use_dora=settings.dora)
     return as_jax(adapters, variant.num_heads) if settings.parametrisation == "jax" else adapters
 
 
