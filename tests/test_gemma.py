@@ -16,6 +16,7 @@ from transformers import (
     PaliGemmaModel,
 )
 
+import openpi_lora_patch
 from golden import GOLDEN, assert_same
 from openpi_lora_patch.reference import Reference
 
@@ -144,17 +145,32 @@ def test_a_padding_mask_and_none_mean_causal_attention():
     assert not torch.allclose(whole[:, 5:], padded[:, 5:])
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def again(model):
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def again_inactive(model):
+    openpi_lora_patch.deactivate()
+    try:
+        return again(model)
+    finally:
+        openpi_lora_patch.activate()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), again, again_inactive])
 def test_copies_compute_the_same(data, duplicate):
     model = build(data)
     twin = duplicate(model)
     assert torch.equal(twin.model(**inputs(data))[0], model.model(**inputs(data))[0])
 
 
+@pytest.mark.parametrize("duplicate", [lambda m: m, again, again_inactive])
 @pytest.mark.parametrize(
     ("cls", "prefix"), [(PaliGemmaForConditionalGeneration, "paligemma."), (PaliGemmaModel, "paligemma.model.")]
 )
-def test_image_features_are_not_scaled(cls, prefix):
+def test_image_features_are_not_scaled(cls, prefix, duplicate):
     data = Reference(GOLDEN / "paligemma_image_features.safetensors")
     sizes = data.config["paligemma"]
     config = PaliGemmaConfig(
@@ -165,6 +181,7 @@ def test_image_features_are_not_scaled(cls, prefix):
     state = {name.removeprefix(prefix): tensor for name, tensor in data.state.items() if name.startswith(prefix)}
     assert set(built.state_dict()) == set(state)
     built.load_state_dict(state)
+    built = duplicate(built)
     generator = torch.Generator().manual_seed(int(data.inputs["image_seed"]))
     images = torch.rand(2, 3, 224, 224, generator=generator) * 2 - 1
     model = getattr(built, "model", built)

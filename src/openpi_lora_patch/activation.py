@@ -32,6 +32,7 @@ PATCHES = {
 # openpi and lerobot import this module, which only their copied files hold, and call its one function.
 CHECK = "transformers.models.siglip.check"
 _GEMMA = "transformers.models.gemma.modeling_gemma"
+_STOCK = {_GEMMA, "transformers.models.paligemma.modeling_paligemma"}
 
 # `activate()` and `deactivate()` exclude each other. While they hold this, they import.
 _switching = threading.RLock()
@@ -179,13 +180,24 @@ def _require_same(active: Settings, wanted: Settings) -> None:
 
 def _refuse_live_models() -> None:
     """Models built unpatched have stock norms and scaled embeddings: they would train wrongly without an error."""
-    if _GEMMA not in sys.modules:
+    stock = vars(sys.modules.get(_GEMMA, sys)).get("GemmaModel")
+    if stock is None:
         return
-    stock = vars(sys.modules[_GEMMA]).get("GemmaModel")
-    live = sum(type(thing) is stock and hasattr(vars(thing).get("config"), "use_adarms") for thing in gc.get_objects())
-    if live:
+    from torch import nn
+
+    gc.collect()  # Else what nobody can use any more would count.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    left_alone = {id(part) for module in modules if _is_derived(type(module)) for part in module.modules()}
+    built = [module for module in modules if type(module) is stock and hasattr(module.config, "use_adarms")]
+    if live := sum(id(model) not in left_alone for model in built):
         raise ActivationError(
             "openpi models were built before openpi_lora_patch was activated.",
             found=f"{live} unpatched GemmaModel with use_adarms on its config",
             fix="make `import openpi_lora_patch` the first import of the program",
         )
+
+
+def _is_derived(cls: type) -> bool:
+    """Whether its models are left alone, active or not: a subclass, of somebody's own, of one that is converted."""
+    own, *bases = (base.__module__ for base in cls.__mro__)
+    return own not in _STOCK and not _STOCK.isdisjoint(bases)

@@ -128,6 +128,10 @@ class GemmaDecoderLayer(stock.GemmaDecoderLayer):
 class GemmaModel(stock.GemmaModel):
     """Decoder that takes `adarms_cond` and does not scale its embeddings by sqrt(hidden_size)."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert(self)  # `type(model)(config)` makes another, whether the patches are in place or not.
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -209,17 +213,29 @@ def _conditioned(head: Any) -> Any:
 class GemmaForCausalLM(stock.GemmaForCausalLM):
     """Next-token head."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert_head(self)
+
     forward = _conditioned(stock.GemmaForCausalLM)
 
 
 class GemmaForSequenceClassification(stock.GemmaForSequenceClassification):
     """Classification head on the last token."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert_head(self)
+
     forward = _conditioned(stock.GemmaForSequenceClassification)
 
 
 class GemmaForTokenClassification(stock.GemmaForTokenClassification):
     """Classification head on each token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert_head(self)
 
     forward = _conditioned(stock.GemmaForTokenClassification)
 

@@ -16,6 +16,10 @@ from . import gemma, siglip
 class PaliGemmaModel(stock.PaliGemmaModel):
     """PaliGemma whose image features are not divided by sqrt(hidden_size)."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert_model(self)
+
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Image embeddings (batch, patches, hidden) of `pixel_values` (batch, 3, height, width) in [-1, 1]."""
         return self.multi_modal_projector(self.vision_tower(pixel_values).last_hidden_state)
@@ -23,6 +27,10 @@ class PaliGemmaModel(stock.PaliGemmaModel):
 
 class PaliGemmaForConditionalGeneration(stock.PaliGemmaForConditionalGeneration):
     """PaliGemma with the shortcuts to its parts that releases from 5.0.0 on lack."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        convert(self)
 
     @property
     def language_model(self) -> Any:
