@@ -92,6 +92,16 @@ def test_no_dense_weight_is_kept_for_the_backward_pass(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_without_a_weight_it_holds_nothing_until_one_is_loaded(name):
+    empty, held = QuantizedLinear(nn.Linear(96, 128, bias=False, device="meta"), name), linear(name)
+    assert empty.data.nbytes == empty.scale.nbytes == 0
+    assert empty.weight.is_meta
+    assert (empty.weight.shape, empty.weight.dtype) == (held.weight.shape, held.weight.dtype)
+    empty.to(torch.bfloat16).load_state_dict({"weight": linear().weight})
+    assert torch.equal(empty.weight, held.weight)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_casts_and_optimizers_do_not_reach_it(name):
     held = linear(name)
     before = held.weight

@@ -210,7 +210,7 @@ class QuantizedLinear(HeldLinear):
     full weight of one layer at a time stands on the GPU.
 
     Args:
-        linear: without bias; its weight is taken as bfloat16. One on the meta device is none, until one is loaded.
+        linear: without bias; its weight is taken as bfloat16. While that is on the meta device, nothing is held.
         name: one of `FORMATS`.
 
     Raises:
@@ -241,7 +241,9 @@ class QuantizedLinear(HeldLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (out, in), bfloat16, made anew each time."""
+        """The weight (out, in), bfloat16, made anew each time; on the meta device as long as none is held."""
+        if not self.data.numel():
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return FORMATS[self.name].dequantize(self.data, self.scale, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,10 +286,8 @@ class _Product(torch.autograd.Function):
 def quantize(layers: Iterable[Any], name: str) -> None:
     """Hold the bases of these `LoRALinear`s in the format `name`, one after the other."""
     for layer in layers:
-        planned = layer.weight.is_meta
         layer.base_layer = QuantizedLinear(layer.base_layer, name)
-        if not planned:
-            layer.follow_base()
+        layer.follow_base()
 
 
 def round_trip(weight: Tensor, name: str) -> Tensor:
