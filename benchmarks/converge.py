@@ -23,10 +23,10 @@ from openpi_lora_patch.lora.quantized import FORMATS, quantize
 from openpi_lora_patch.reference import Reference
 
 
-def losses(base: str, steps: int) -> list[float]:
+def losses(base: str, steps: int, seed: int) -> list[float]:
     data = Reference(golden.GOLDEN / "pi0_bfloat16.safetensors")
     model = data.pi0().train()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     targets = dict.fromkeys((*ATTENTION, *FFN), LoRAConfig(rank=4, alpha=4.0))
     apply_lora(model, paligemma=targets, action_expert=targets)
     if base != "bf16":
@@ -35,7 +35,7 @@ def losses(base: str, steps: int) -> list[float]:
     observation, actions = data.observation(), data.inputs["actions"]
     found = []
     for step in range(steps):
-        torch.manual_seed(step)
+        torch.manual_seed(seed * steps + step)
         loss = model(observation, actions, torch.randn_like(actions), torch.rand(len(actions))).mean()
         loss.backward()
         optimizer.step()
@@ -47,11 +47,12 @@ def losses(base: str, steps: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of the first adapters, noise and times")
     parser.add_argument("--bases", nargs="*", default=["bf16", *FORMATS])
     options = parser.parse_args()
     plain = math.nan
     for base in options.bases:
-        found = losses(base, options.steps)
+        found = losses(base, options.steps, options.seed)
         final = sum(found[-20:]) / len(found[-20:])
         plain = final if base == "bf16" else plain
         print(

@@ -4,21 +4,29 @@ import torch
 from torch import nn
 
 from golden import GOLDEN
-from openpi_lora_patch.build import checkpoint_follows, initialising
+from openpi_lora_patch import build
+from openpi_lora_patch.build import checkpoint_follows, complete, initialising
 from openpi_lora_patch.pi0 import PI0
 from openpi_lora_patch.reference import Reference
 
 
-def test_a_model_that_a_checkpoint_follows_is_built_without_random_numbers_and_loads_the_same():
+def test_a_model_that_a_checkpoint_follows_is_built_without_random_numbers_and_loads_the_same(monkeypatch):
+    monkeypatch.setattr(build, "_LARGE", 1024)  # What a small model has is large, too.
     data = Reference(GOLDEN / "pi05_float32.safetensors")
     expected = data.pi0()
     before = torch.get_rng_state()
     with checkpoint_follows(), initialising():
         built = PI0(expected.config)
+        assert sum(parameter.is_meta for parameter in built.parameters()) > 20
+        complete(built)
     assert torch.equal(torch.get_rng_state(), before)
+    assert {name: t.dtype for name, t in built.named_parameters()} == {
+        name: t.dtype for name, t in expected.named_parameters()
+    }
     built.load_state_dict(expected.state_dict())
     for name, value in expected.state_dict().items():
         assert torch.equal(built.state_dict()[name], value), name
+    assert torch.equal(data.loss(built), data.loss(expected))
 
 
 def test_constants_are_set_and_other_models_are_initialised():
