@@ -55,6 +55,26 @@ class BaseModelConfig:
 class Policy:
     def infer(self): pass
 """,
+    "training/config": """
+import dataclasses, types
+@dataclasses.dataclass(frozen=True)
+class FakeDataConfig: pass
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    paligemma_variant: str = "dummy"
+    action_expert_variant: str = "dummy"
+named = [(name, object, None) for name in (
+    "data", "exp_name", "overwrite", "num_workers", "batch_size", "lr_schedule", "ema_decay", "pytorch_weight_path")]
+fields = ["name", ("model", Pi0Config, Pi0Config()), *named]
+TrainConfig = dataclasses.make_dataclass("TrainConfig", fields, frozen=True)
+pi0_config = types.SimpleNamespace(Pi0Config=Pi0Config)
+_optimizer = types.SimpleNamespace(CosineDecaySchedule=object)
+tyro = types.SimpleNamespace(MISSING=None)
+_CONFIGS = [TrainConfig(name) for name in ("pi0_libero", "pi05_libero", "debug")]
+_CONFIGS_DICT = {config.name: config for config in _CONFIGS}
+def get_config(name): return _CONFIGS_DICT[name]
+def cli(): pass
+""",
     "models_pytorch/gemma_pytorch": """
 from transformers import GemmaForCausalLM, PaliGemmaForConditionalGeneration
 class PaliGemmaWithExpertModel:
@@ -247,10 +267,16 @@ def converted(model):
 
 
 def snapshot(module):
-    """What the module holds, and what its classes do, by owner and name."""
-    held = {(key,): value for key, value in vars(module).items() if key != "__builtins__"}
-    classes = [value for value in held.values() if isinstance(value, type) and value.__module__ == module.__name__]
-    return held | {(c.__name__, k): v for c in classes for k, v in vars(c).items() if k != "__abstractmethods__"}
+    """What the module holds, what its classes do and its lists and dicts hold, by owner and name."""
+    names = {key: value for key, value in vars(module).items() if key != "__builtins__"}
+    held = {(key,): value for key, value in names.items()}
+    for name, value in names.items():
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            held |= {(name, key): v for key, v in vars(value).items() if key != "__abstractmethods__"}
+        elif isinstance(value, list | dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            held |= {(name, str(key)): v for key, v in items}
+    return held
 
 
 def explore(process, order, longest, write):
@@ -278,6 +304,8 @@ def forked(function, wait=True):
         return os.waitpid(child, 0) if wait else child
     try:
         function()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 

@@ -5,6 +5,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 import orders
 
 
@@ -27,3 +29,31 @@ def test_every_ordered_pair_of_steps_ends_patched_off_or_refused_with_the_reason
     assert verdicts["build", "again"] == f"refused: {orders.BUILT_BEFORE}"
     assert verdicts["us", "within"] == "patched"
     assert verdicts["deactivate", "within"] == f"refused: {orders.HALF_IMPORTED}"
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_only_models_that_would_have_been_converted_refuse_a_later_activation(child, active):
+    """Neither a subclass's, built while active or not, nor one that is gone but for a cycle."""
+    code = f"""
+from transformers import GemmaConfig, GemmaForCausalLM
+import openpi_lora_patch as o
+class Theirs(GemmaForCausalLM): pass
+config = GemmaConfig(**{orders.SIZES}, use_adarms=True)
+if not {active}:
+    o.deactivate()
+theirs = Theirs(config)
+o.deactivate()
+gone = GemmaForCausalLM(config)
+gone.itself = [gone]
+del gone
+o.activate()
+o.deactivate()
+built = GemmaForCausalLM(config).model
+try:
+    o.activate()
+except o.ActivationError as error:
+    print("1 unpatched GemmaModel" in str(error))
+"""
+    result = child("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "True"
