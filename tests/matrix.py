@@ -66,7 +66,7 @@ def main() -> int:
 def shared_environment(python: str, torch: str) -> Path:
     """An environment with torch and all that does not depend on transformers."""
     folder = FOLDER / f"shared-{python}-{torch}"
-    packages = [f"torch=={torch}", "hypothesis", "importlib-metadata", "numpy<2", "pytest", "pillow"]
+    packages = [f"torch=={torch}", "hypothesis", "importlib-metadata", "numpy<2", "pytest", "pillow", "wrapt!=2.2.0"]
     return _make(folder, python, packages if python != "3.13" else [*packages, "numpy>=2"], None)
 
 

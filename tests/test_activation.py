@@ -29,22 +29,22 @@ def loaded(*names):
 def test_unset_a_start_imports_nothing_of_ours(child):
     result = child("-X", "importtime", "-c", "pass")
     assert ok(result) == ""
-    for name in ("openpi_lora_patch", "torch", "transformers"):
+    for name in ("openpi_lora_patch", "wrapt", "torch", "transformers"):
         assert name not in result.stderr
 
 
 @pytest.mark.parametrize("switch", ["", "0"])
 def test_switched_off_a_start_imports_nothing_of_ours(child, switch):
-    assert ok(child("-c", loaded("openpi_lora_patch", "torch"), OPENPI_LORA=switch)) == "[]"
+    assert ok(child("-c", loaded("openpi_lora_patch", "wrapt", "torch"), OPENPI_LORA=switch)) == "[]"
 
 
-def test_switched_on_a_start_does_not_import_torch(child):
-    names = ("openpi_lora_patch", "torch", "transformers")
+def test_switched_on_a_start_imports_neither_wrapt_nor_torch(child):
+    names = ("openpi_lora_patch", "wrapt", "torch", "transformers")
     assert ok(child("-c", loaded(*names), OPENPI_LORA="1")) == "['openpi_lora_patch']"
 
 
-def test_importing_the_package_does_not_import_torch(child):
-    code = "import openpi_lora_patch as o; assert o.status().active;" + loaded("torch", "transformers")
+def test_importing_the_package_imports_neither_wrapt_nor_torch(child):
+    code = "import openpi_lora_patch as o; assert o.status().active;" + loaded("wrapt", "torch", "transformers")
     assert ok(child("-c", code)) == "[]"
 
 
@@ -97,6 +97,21 @@ def test_transformers_lazy_import_does_not_swallow_a_refusal(child):
     assert result.returncode == 1
     assert "swallowed" not in result.stdout
     assert result.stderr.rstrip().splitlines()[-1].strip().startswith(("to do", "openpi_lora_patch"))
+
+
+def test_without_wrapt_gemma_is_refused(child, tmp_path):
+    (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt here')")
+    result = child("-c", f"import openpi_lora_patch, {GEMMA}", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "ActivationError: wrapt cannot be imported" in result.stderr
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_packages_wrapt_hook_on_gemma_still_runs(child, ours_first):
+    theirs = f"import wrapt; wrapt.register_post_import_hook(lambda module: print(module.__name__), {GEMMA!r})"
+    hooks = ["import openpi_lora_patch", theirs] if ours_first else [theirs, "import openpi_lora_patch"]
+    code = "; ".join([*hooks, f"import {GEMMA}", "print(openpi_lora_patch.status().active)"])
+    assert ok(child("-c", code)).split() == [GEMMA, "True"]
 
 
 def test_sitecustomize_example_activates_and_runs_the_next_one(child, tmp_path):

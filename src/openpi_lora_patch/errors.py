@@ -35,7 +35,7 @@ class SettingsError(OpenpiLoraError):
 
 
 class ActivationError(OpenpiLoraError):
-    """The patches cannot be put in place: too late, or in the middle of an import."""
+    """The patches cannot be put in place: too late, in the middle of an import, or without wrapt."""
 
 
 class CompatibilityError(OpenpiLoraError):

@@ -1,8 +1,9 @@
 """Run a function when a named module loads, refuse the module for good, or provide one that has no file.
 
-One finder on `sys.meta_path` does all three. It asks the finders beside it for the module, and waits for no lock.
-wrapt, whose finder asks `importlib.util.find_spec`, waits there for the parent package: where another thread is
-importing that package, which imports the module, both wait for ever (`tests/test_concurrency.py`).
+wrapt calls the function. For these modules one finder of our own on `sys.meta_path` stands in for wrapt's, which asks
+`importlib.util.find_spec` and so waits for the parent package: where another thread is importing that package, which
+imports the module, both wait for ever (`tests/test_concurrency.py`). Ours asks the finders beside it and waits for no
+lock. It also keeps wrapt (about 100 ms) out of processes that never import such a module.
 """
 
 from __future__ import annotations
@@ -112,9 +113,10 @@ class _Finder(importlib.abc.MetaPathFinder):
             return importlib.machinery.ModuleSpec(name, _VirtualLoader(populate))
         if name not in _hooks:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        # Another finder may have come back to this one, as wrapt's does where others use it.
+        skipped = (_Finder, _wrapt().importer.ImportHookFinder)
+        others = [other for other in sys.meta_path if not isinstance(other, skipped) and hasattr(other, "find_spec")]
+        spec = next(filter(None, (other.find_spec(name, path, target) for other in others)), None)
+        # Another finder may have come back to this one, as one like wrapt's does.
         if spec is not None and spec.loader is not None and not isinstance(spec.loader, _HookedLoader):
             spec.loader = _HookedLoader(spec.loader)
         return spec
@@ -137,7 +139,9 @@ class _HookedLoader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _loaded(module)
+        wrapt = _wrapt()
+        wrapt.register_post_import_hook(_loaded, module.__name__)  # Called at once: the module is there.
+        wrapt.notify_module_loaded(module)  # What others registered, as wrapt's own finder would.
 
 
 class _VirtualLoader(importlib.abc.Loader):
@@ -152,6 +156,17 @@ class _VirtualLoader(importlib.abc.Loader):
 
 
 _finder = _Finder()
+
+
+def _wrapt() -> ModuleType:
+    try:
+        import wrapt.importer
+    except ImportError as error:
+        # Not an ImportError: transformers would report it as a missing module, which callers swallow.
+        raise ActivationError(
+            "wrapt cannot be imported.", found=str(error), fix="pip install --force-reinstall wrapt"
+        ) from error
+    return wrapt
 
 
 def _loaded(module: ModuleType) -> None:
