@@ -90,7 +90,7 @@ def check_functions() -> None:
         mlp = _Mlp(width, 16384, 16).bfloat16()
     compare(
         "q/k/v", linears, lambda m, x, w: torch.cat([linear(norm(x, w)) for linear in m], -1),
-        lambda m, x, w: kernels.project(x, list(m), kernels.Norm(w, eps)), x, weight,
+        lambda m, x, w: kernels.project_normed(x, list(m), kernels.Norm(w, eps))[0], x, weight,
     )  # fmt: skip
     for keep in (True, False):
         compare(

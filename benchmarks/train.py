@@ -31,6 +31,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "and no checkpoint": {"checkpoint": "none"},
     "and trimming": {"trim": "1"},
     "and a compiled vision tower": {"compile": "1"},
+    "and our own prefix attention": {"attention": "triton"},
 }  # fmt: skip
 # The defaults but for one setting.
 ALONE = {"attention": "eager", "fused": "0", "trim": "0", "prune": False, "checkpoint": "layer"}

@@ -61,8 +61,36 @@ def test_projections_on_one_input_in_float64(ranks, normed):
     x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(2, 7, 40, dtype=torch.float64)
     expected = results(torch.cat([f(rms_norm(x, norm)) for f in linears], -1), x, linears, grad)
-    for a, b in zip(results(kernels.project(x, linears, norm), x, linears, grad), expected, strict=True):
+    found = kernels.project(x, linears) if norm is None else kernels.project_normed(x, linears, norm)[0]
+    for a, b in zip(results(found, x, linears, grad), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_an_input_that_goes_on_beside_its_projection_in_float64(rank):
+    layer, out = linear(16, 24, rank), torch.randn(24, 16, dtype=torch.float64)
+    norm = kernels.Norm(torch.randn(16, dtype=torch.float64), EPS)
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 7, 16, dtype=torch.float64)
+    found, same = kernels.project_normed(x, [layer], norm)
+    expected = x + layer(rms_norm(x, norm)) @ out
+    assert torch.equal(same, x)
+    for a, b in zip(results(same + found @ out, x, [layer], grad), results(expected, x, [layer], grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_with_room_beside_it_is_used_where_it_lies_and_others_are_copied():
+    left, right = torch.randn(5, 16), torch.randn(5, 3)
+    roomy = kernels._with_room(left, 5, 16)
+    roomy.copy_(left)
+    for x, in_place in ((roomy.view(1, 5, 16).reshape(-1, 16), True), (left, False), (roomy[:4], False)):
+        wide = kernels._beside(x, right[: len(x)])
+        assert (wide.data_ptr() == roomy.data_ptr()) == in_place
+        assert torch.equal(wide, torch.cat([left, right, torch.zeros(5, 61)], 1)[: len(x)])
+    foreign = torch.randn(5, 80)
+    before = foreign.clone()
+    assert kernels._beside(foreign[:, :16], right).shape == (5, 80)
+    assert torch.equal(foreign, before)
 
 
 @pytest.mark.parametrize("rank", [4, 0])

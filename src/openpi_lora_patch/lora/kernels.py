@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import pointwise
@@ -51,20 +50,25 @@ def fusable(linear: nn.Module) -> bool:
     return plain and not stored_weight(base).requires_grad
 
 
-def project(x: Tensor, linears: Sequence[Any], norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-    """`cat([linear(norm(x)) for linear in linears], -1)`, plus `residual`.
+def project(x: Tensor, linears: Sequence[Any], residual: Tensor | None = None) -> Tensor:
+    """`cat([linear(x) for linear in linears], -1)`, plus `residual`.
 
     Args:
         x: (..., in), of the weights' dtype.
         linears: one or more that are `fusable`.
-        norm: applied to `x` first.
         residual: (..., out), added to the result.
     """
-    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     scalings, tensors = _parts(linears)
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    out = _Projection.apply(x.reshape(-1, x.shape[-1]), weight, eps, rows, scalings, *tensors)
+    out, _ = _Projection.apply(x.reshape(-1, x.shape[-1]), None, 0.0, rows, scalings, *tensors)
     return cast(Tensor, out.view(*x.shape[:-1], -1))
+
+
+def project_normed(x: Tensor, linears: Sequence[Any], norm: Norm) -> tuple[Tensor, Tensor]:
+    """`project(norm(x), linears)`, and x for whatever else needs it, whose gradient is then added on the way."""
+    scalings, tensors = _parts(linears)
+    out, rows = _Projection.apply(x.reshape(-1, x.shape[-1]), norm.weight, norm.eps, None, scalings, *tensors)
+    return out.view(*x.shape[:-1], -1), rows.view(x.shape)
 
 
 def feed_forward(x: Tensor, mlp: Any, norm: Norm | None = None, *, keep: bool = True) -> Tensor:
@@ -120,8 +124,9 @@ class JoinRotated(torch.autograd.Function):
         *queries, key, value = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
         results: list[Tensor | None] = []
         for i, (shape, offset) in enumerate(zip(ctx.shapes, _offsets([s[1] for s in ctx.shapes]), strict=True)):
-            part = key.new_empty(shape) if ctx.needs_input_grad[5 + i] else None
-            if part is not None:
+            part = None
+            if ctx.needs_input_grad[5 + i]:
+                part = _with_room(key, shape[:2].numel(), shape[2:].numel()).view(shape)
                 query, query_offset = (queries[i], 0) if ctx.apart else (queries[0], offset)
                 pointwise.rotate_back(part, cos, sin, (query, key, value), offset, query_offset)
             results.append(part)
@@ -129,7 +134,10 @@ class JoinRotated(torch.autograd.Function):
 
 
 class _Projection(torch.autograd.Function):
-    """See `project`. Inputs: x (rows, in), norm weight, eps, residual, scalings, then all weights, all As, all Bs."""
+    """See `project` and `project_normed`: the output, and x.
+
+    Inputs: x (rows, in), norm weight, eps, residual, scalings, then all weights, all As, all Bs.
+    """
 
     @staticmethod
     def forward(
@@ -140,30 +148,32 @@ class _Projection(torch.autograd.Function):
         residual: Tensor | None,
         scalings: tuple[float, ...],
         *tensors: Tensor,
-    ) -> Tensor:
-        linear = _Stacked.of(*_thirds(tensors), scalings, x.dtype)
+    ) -> tuple[Tensor, Tensor]:
+        linear, scale = _Stacked.of(*_thirds(tensors), scalings, x.dtype), None
         if residual is None:
-            output, hidden = linear(x, norm, eps)
+            output, hidden, scale = linear(x, norm, eps)
         else:
-            output, hidden = linear.added(residual, _normalise(x, norm, eps))
-        ctx.eps, ctx.scalings = eps, scalings
-        _save(ctx, x, norm, hidden, linear.a, linear.b, *tensors)
-        return output
+            output, hidden = linear.added(residual, x)
+        ctx.scalings = scalings
+        ctx.set_materialize_grads(False)
+        _save(ctx, x, norm, scale, hidden, linear.a, linear.b, *tensors)
+        return output, x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, norm, hidden, a, b, *tensors = _saved(ctx)
+    def backward(ctx: Any, grad: Tensor, added: Tensor | None) -> tuple[Any, ...]:
+        x, norm, scale, hidden, a, b, *tensors = _saved(ctx)
         weights, matrices_a, matrices_b = _thirds(tensors)
         linear = _Stacked(weights, a, b)
         hidden_grad = linear.hidden_grad(grad)
         grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
         if hidden_grad is not None:
-            grads_a = _unstack(hidden_grad.T @ _normalise(x, norm, ctx.eps), matrices_a)
+            grads_a = _unstack(_normed_product(hidden_grad, x, norm, scale), matrices_a)
             grads_b = _unblock(grad.T @ hidden, matrices_b, ctx.scalings)
         if ctx.needs_input_grad[0]:
             x_grad = linear.backward(grad, hidden_grad)
             if norm is not None:
-                x_grad = pointwise.rms_norm_backward(x_grad, x, norm, ctx.eps)
+                out = _with_room(x, *x.shape)
+                x_grad = pointwise.rms_norm_backward(x_grad, x, norm, scale, added, out)
         residual_grad = grad if ctx.needs_input_grad[3] else None
         return x_grad, None, None, residual_grad, None, *(None for _ in weights), *grads_a, *grads_b
 
@@ -181,7 +191,7 @@ class _FeedForward(torch.autograd.Function):
         outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
         for rows in (x,) if keep else torch.split(x, _CHUNK):
-            gate_up, inner = first(rows, norm, eps)
+            gate_up, inner, scale = first(rows, norm, eps)
             if norm is None:
                 wide, activation = last.room(len(rows), last.size)
                 hidden = last.hidden(pointwise.geglu(gate_up, activation))
@@ -190,7 +200,7 @@ class _FeedForward(torch.autograd.Function):
                 activation = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size))
                 output, hidden = last.added(rows, activation)
                 outputs.append(output)
-            kept = [gate_up, inner, hidden] if keep else []
+            kept = [gate_up, inner, scale, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
         _save(ctx, x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -203,7 +213,7 @@ class _FeedForward(torch.autograd.Function):
         first, last = _Stacked(weights[:2], first_a, first_b), _Stacked(weights[2:], last_a, last_b)
         totals, x_grads = _Totals(), []
         for rows, out_grad in ((x, grad),) if ctx.keep else _chunks(x, grad):
-            gate_up, inner, hidden = kept or (*first(rows, norm, ctx.eps), None)
+            gate_up, inner, scale, hidden = kept or (*first(rows, norm, ctx.eps), None)
             if last.a is not None and hidden is None:
                 hidden = last.hidden(pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size)))
             hidden_grad = last.hidden_grad(out_grad)
@@ -216,12 +226,13 @@ class _FeedForward(torch.autograd.Function):
             if first.b is not None:
                 ranks = len(matrices_a[0]), len(matrices_a[1])
                 inner_grad, (b_gate, b_up) = pointwise.pair_backward(gate_up_grad, cast(Tensor, inner), first.b, ranks)
-                a_first = inner_grad.T @ _normalise(rows, norm, ctx.eps)
+                a_first = _normed_product(inner_grad, rows, norm, scale)
                 totals.add(b_gate=b_gate, b_up=b_up, a_first=a_first)
             if ctx.needs_input_grad[0]:
                 x_grad = first.product_back(wide, inner_grad)
                 if norm is not None:
-                    x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, ctx.eps, out_grad)
+                    out = _with_room(rows, *rows.shape)
+                    x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, cast(Tensor, scale), out_grad, out)
                 x_grads.append(x_grad)
         grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
         grads_b = [
@@ -254,31 +265,32 @@ class _Stacked:
         scalings: Sequence[float],
         dtype: torch.dtype,
     ) -> _Stacked:
-        """The As under one another, (r, in), and the scaled Bs, (out, r), each beside the columns of its own A.
+        """The As under one another, and the scaled Bs, (out, r), each beside the columns of its own A.
 
-        r is a multiple of 16, as matrix units have it; without any adapter both are None.
+        r is a multiple of 16, as matrix units have it, and that of the As, with zeros, one of 64. Without any adapter
+        both are None.
         """
-        rank = sum(len(a) for a in matrices_a)
-        if rank == 0:
+        ranks = [len(a) for a in matrices_a]
+        if sum(ranks) == 0:
             return cls(weights, None, None)
-        missing = -rank % 16
-        a = F.pad(torch.cat(tuple(matrices_a)).to(dtype), (0, 0, 0, missing))
-        b = a.new_zeros(sum(len(b) for b in matrices_b), rank + missing)
-        for part, block, scaling in zip(matrices_b, _blocks(b, matrices_b), scalings, strict=True):
-            block.copy_(part if scaling == 1 else part * scaling)
+        a = matrices_a[0].new_empty(pointwise.padded(sum(ranks)), matrices_a[0].shape[1], dtype=dtype)
+        b = a.new_empty(sum(len(b) for b in matrices_b), -(-sum(ranks) // 16) * 16)
+        rows, columns = _offsets([len(b) for b in matrices_b]), _offsets(ranks)
+        for i, (part_a, part_b) in enumerate(zip(matrices_a, matrices_b, strict=True)):
+            last = i == len(ranks) - 1
+            pointwise.place(part_a, a[columns[i] :] if last else a[columns[i] : columns[i + 1]], 0, 1.0)
+            pointwise.place(part_b, b[rows[i] : rows[i] + len(part_b)], columns[i], scalings[i])
         return cls(weights, a, b)
 
-    def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
-        """Of `norm(x)`, (rows, in), the output (rows, out), and what the adapters have inside, (rows, r)."""
-        if self.a is None:
-            return self.product(_normalise(x, norm, eps), None), None
-        wide, inputs = self.room(len(x), self.size)
+    def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of `norm(x)`, (rows, in), the output (rows, out), what the adapters have inside, (rows, r), and 1 / rms."""
         if norm is None:
-            hidden = x @ self.a.T
-            pointwise.beside(x, hidden, wide)
-            return wide @ self._weight(wide.shape[1]).T, hidden
-        hidden = pointwise.rms_norm(x, norm, eps, inputs) @ self.a.T
-        return self.product(wide, hidden), hidden
+            hidden = self.hidden(x)
+            return self._product(x if hidden is None else _beside(x, hidden)), hidden, None
+        wide, inputs = self.room(len(x), self.size)
+        scale = pointwise.rms_norm(x, norm, eps, inputs)
+        hidden = self.hidden(inputs)
+        return self.product(wide, hidden), hidden, scale
 
     def added(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """`residual` plus the output, (rows, out), and what the adapters have inside, (rows, r)."""
@@ -289,29 +301,23 @@ class _Stacked:
 
     def product(self, wide: Tensor, hidden: Tensor | None) -> Tensor:
         """The output, from `room` whose part for x is filled."""
-        if hidden is None:
-            return wide @ _cat(self.weights).T
-        pointwise.beside(None, hidden, wide)
-        return wide @ self._weight(wide.shape[1]).T
+        if hidden is not None:
+            pointwise.beside(None, hidden, wide)
+        return self._product(wide)
 
     def backward(self, grad: Tensor, hidden_grad: Tensor | None) -> Tensor:
         """From the output's gradient (rows, out) and `hidden_grad` to the input's (rows, in)."""
-        if hidden_grad is None:
-            return grad @ _cat(self.weights)
-        wide, _ = self.room(len(grad), self.out)
-        pointwise.beside(grad, hidden_grad, wide)
-        return self._product_back(wide)
+        return self._product_back(grad if hidden_grad is None else _beside(grad, hidden_grad))
 
     def product_back(self, wide: Tensor, hidden_grad: Tensor | None) -> Tensor:
         """The same from `room` whose part for the output's gradient is filled."""
-        if hidden_grad is None:
-            return wide @ _cat(self.weights)
-        pointwise.beside(None, hidden_grad, wide)
+        if hidden_grad is not None:
+            pointwise.beside(None, hidden_grad, wide)
         return self._product_back(wide)
 
     def hidden(self, x: Tensor) -> Tensor | None:
         """`x A^T`, (rows, r)."""
-        return None if self.a is None else x @ self.a.T
+        return None if self.a is None or self.b is None else x @ self.a[: self.b.shape[1]].T
 
     def hidden_grad(self, grad: Tensor) -> Tensor | None:
         """`y_grad B`, (rows, r)."""
@@ -319,31 +325,51 @@ class _Stacked:
 
     def room(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
         """An empty left factor, and the part of it for x or for the gradient of y, (rows, size)."""
-        extra = 0 if self.a is None else pointwise.padded(len(self.a))
+        extra = 0 if self.a is None else len(self.a)
         wide = self.weights[0].new_empty(rows, size + extra)
         return wide, wide[:, :size]
 
-    def _weight(self, width: int) -> Tensor:
-        """`[ W | B | 0 ]`, (out, width)."""
-        assert self.b is not None
-        weight = self.b.new_empty(self.out, width)
+    def _product(self, wide: Tensor) -> Tensor:
+        if self.b is None:
+            return wide @ _cat(self.weights).T
+        weight = wide.new_empty(self.out, wide.shape[1])
         for part, offset in zip(self.weights, _offsets([len(part) for part in self.weights]), strict=True):
             own = slice(offset, offset + len(part))
             pointwise.beside(part, self.b[own], weight[own])
-        return weight
+        return wide @ weight.T
 
     def _product_back(self, wide: Tensor) -> Tensor:
-        assert self.a is not None
-        zeros = self.a.new_zeros(wide.shape[1] - self.out - len(self.a), self.size)
-        return wide @ torch.cat([*self.weights, self.a, zeros])
+        return wide @ _cat(self.weights if self.a is None else [*self.weights, self.a])
 
 
 def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(x, _CHUNK), torch.split(grad, _CHUNK), strict=True)
 
 
-def _normalise(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    return x if norm is None else pointwise.rms_norm(x, norm, eps)
+def _normed_product(left: Tensor, x: Tensor, norm: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`left.T @ rms_norm(x)`: (rows, r), (rows, in) to (r, in)."""
+    if norm is None or scale is None:
+        return left.T @ x
+    return pointwise.widened((left * scale).to(left.dtype).T @ x) * (1 + norm)
+
+
+def _with_room(like: Tensor, rows: int, size: int) -> Tensor:
+    """(rows, size), uninitialised: the left of a wider tensor, whose other columns are for `_beside`."""
+    wide = like.new_empty(rows, size + pointwise.padded(1))
+    wide.has_room = True  # type: ignore[attr-defined]
+    return wide[:, :size]
+
+
+def _beside(x: Tensor, right: Tensor) -> Tensor:
+    """`[ x | right | 0 ]`; without a copy of x, (rows, size), from `_with_room`, as the gradients made here are."""
+    width = x.shape[1] + pointwise.padded(right.shape[1])
+    wide: Any = x._base
+    if getattr(wide, "has_room", False) and wide.shape == (len(x), width) and wide.stride() == x.stride():
+        pointwise.beside(None, right, wide)
+        return wide
+    wide = x.new_empty(len(x), width)
+    pointwise.beside(x, right, wide)
+    return wide
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:

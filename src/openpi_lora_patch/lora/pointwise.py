@@ -46,34 +46,60 @@ def padded(rank: int) -> int:
     return -(-rank // 64) * 64
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """Gemma's RMS norm, `x / rms(x) * (1 + weight)`.
+def place(matrix: Tensor, out: Tensor, column: int, scaling: float) -> None:
+    """`out = [0 | matrix * scaling | 0]`, `matrix` beginning at `column`, and zeros in what rows it does not reach.
+
+    Args:
+        matrix: (rows, columns), in any dtype.
+        out: (at least as many rows, width), contiguous.
+        column: at most width - columns.
+        scaling: 1 leaves the numbers as they are.
+    """
+    if out.is_cuda:
+        _triton().place(matrix.contiguous(), out, column, scaling)
+        return
+    out.zero_()
+    out[: matrix.shape[0], column : column + matrix.shape[1]] = matrix * scaling
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """Gemma's RMS norm, `x / rms(x) * (1 + weight)`, into `out`.
 
     Args:
         x: (rows, dim).
         weight: (dim), in any dtype.
         eps: added to the mean square.
-        out: (rows, dim), a view with any row stride; made where absent.
+        out: (rows, dim), a view with any row stride.
+
+    Returns:
+        `1 / rms(x)`, (rows, 1), float32 at least.
     """
-    if out is None:
-        out = torch.empty_like(x)
     if x.is_cuda:
-        _triton().rms_norm(x, weight, eps, out)
-    else:
-        wide = widened(x)
-        out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight))
-    return out
-
-
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> Tensor:
-    """Gradient for `x` of `rms_norm(x, weight, eps)`, (rows, dim), plus `added`; `grad` is that of its output."""
-    if x.is_cuda:
-        return _triton().rms_norm_backward(grad.contiguous(), x, weight, eps, added)
+        return _triton().rms_norm(x, weight, eps, out)
     wide = widened(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed, grad = wide * scale, grad * (1 + weight)
+    out.copy_(wide * scale * (1 + weight))
+    return scale
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None, out: Tensor
+) -> Tensor:
+    """Gradient for `x` of `rms_norm`, plus `added`, into `out`.
+
+    Args:
+        grad: of its output, (rows, dim).
+        x, weight: what it was given.
+        scale: (rows, 1), what it returned.
+        added: (rows, dim) or None.
+        out: (rows, dim), a view with any row stride, as are `grad`, `x` and `added`.
+    """
+    if x.is_cuda:
+        _triton().rms_norm_backward(grad, x, weight, scale, added, out)
+        return out
+    normed, grad = widened(x) * scale, grad * (1 + weight)
     result = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
-    return (result if added is None else result + added).to(x.dtype)
+    return out.copy_(result if added is None else result + added)
 
 
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> Tensor:

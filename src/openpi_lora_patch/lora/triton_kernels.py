@@ -25,19 +25,28 @@ def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    rows, dim = x.shape
-    _rms_norm[(rows,)](x, weight, out, x.stride(0), out.stride(0), eps, dim, triton.next_power_of_2(dim), num_warps=8)
+def place(matrix: Tensor, out: Tensor, column: int, scaling: float) -> None:
+    rows, columns = matrix.shape
+    grid = (triton.cdiv(out.numel(), 1024),)
+    _place[grid](matrix, out, rows, columns, column, out.shape[1], out.numel(), scaling, 1024, num_warps=4)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, added: Tensor | None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     rows, dim = x.shape
-    out = torch.empty_like(x)
-    strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0))
+    scale = x.new_empty(rows, 1, dtype=torch.float32)
+    block = triton.next_power_of_2(dim)
+    _rms_norm[(rows,)](x, weight, out, scale, x.stride(0), out.stride(0), eps, dim, block, num_warps=8)
+    return scale
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None, out: Tensor
+) -> None:
+    rows, dim = x.shape
+    strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0), out.stride(0))
     _rms_norm_backward[(rows,)](
-        grad, x, weight, added, out, *strides, eps, dim, triton.next_power_of_2(dim), num_warps=8
+        grad, x, weight, scale, added, out, *strides, dim, triton.next_power_of_2(dim), num_warps=8
     )
-    return out
 
 
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
@@ -96,7 +105,7 @@ def rotate(
         value,
         offset,
         query_offset,
-        length,
+        *packed.stride()[:2],
         cos.stride(0) if cos.shape[0] > 1 else 0,
         cos.stride(1),
         *query.stride()[:3],
@@ -147,19 +156,39 @@ def _beside(
 
 
 @triton.jit
-def _rms_norm(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _place(matrix, out, rows, columns, first, width, size, scaling, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = at // width, at % width - first
+    value = tl.load(matrix + row * columns + column, (row < rows) & (column >= 0) & (column < columns), 0.0)
+    tl.store(out + at, (value.to(tl.float32) * scaling).to(out.dtype.element_ty), at < size)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, scales, x_stride, out_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
     value = tl.load(x + row * x_stride + at, inside, 0.0).to(tl.float32)
     scale = 1 + tl.load(weight + at, inside, 0.0).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value) / DIM + eps) * scale
-    tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), inside)
+    inverse = tl.rsqrt(tl.sum(value * value) / DIM + eps)
+    tl.store(out + row * out_stride + at, (value * inverse * scale).to(out.dtype.element_ty), inside)
+    tl.store(scales + row, inverse)
 
 
 @triton.jit
 def _rms_norm_backward(
-    grad, x, weight, added, out, grad_stride, stride, added_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    x,
+    weight,
+    scales,
+    added,
+    out,
+    grad_stride,
+    stride,
+    added_stride,
+    out_stride,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -167,12 +196,12 @@ def _rms_norm_backward(
     value = tl.load(x + row * stride + at, inside, 0.0).to(tl.float32)
     slope = tl.load(grad + row * grad_stride + at, inside, 0.0).to(tl.float32)
     slope *= 1 + tl.load(weight + at, inside, 0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
+    scale = tl.load(scales + row)
     normed = value * scale
     result = scale * (slope - normed * (tl.sum(slope * normed) / DIM))
     if added is not None:
         result += tl.load(added + row * added_stride + at, inside, 0.0).to(tl.float32)
-    tl.store(out + row * stride + at, result.to(out.dtype.element_ty), inside)
+    tl.store(out + row * out_stride + at, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -312,7 +341,8 @@ def _rotate(
     value,
     offset,
     query_offset,
-    length,
+    packed_batch,
+    packed_token,
     cos_batch,
     cos_token,
     query_batch,
@@ -339,7 +369,7 @@ def _rotate(
     sine = tl.load(sin + angle, inside, 0.0).to(tl.float32)
     if INVERSE:
         sine = -sine
-    part = packed + (batch * length + token) * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
+    part = packed + batch * packed_batch + token * packed_token
     for head in tl.static_range(HEADS + 2 * KV_HEADS):
         if head < HEADS:
             whole = query + batch * query_batch + (token + query_offset) * query_token + head * query_head

@@ -131,7 +131,7 @@ class _Layer:
         ]
 
     def _attend(self, *hidden: Tensor) -> list[Tensor | None]:
-        packed, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
+        packed, hidden, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
         attended = self.attention([layer.self_attn for layer in self.pair], packed, prune=self.prune)
         return [
             None if part is None else self._attended(layer.self_attn.o_proj, x, part, gate)
@@ -140,15 +140,17 @@ class _Layer:
 
     def _attended(self, o_proj: Any, x: Tensor, part: Tensor, gate: Tensor | None) -> Tensor | None:
         if gate is None and self._fusable(part, (o_proj,)):
-            return kernels.project(part, (o_proj,), residual=x)
+            return kernels.project(part, (o_proj,), x)
         return gated_residual(x, self._linears(part, (o_proj,)), gate)
 
-    def _project(self, layer: Any, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Queries, keys and values side by side, (batch, length, (heads + 2 * kv_heads) * head_dim), and the gate."""
+    def _project(self, layer: Any, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values side by side, (batch, length, (heads + 2 * kv_heads) * head_dim); x; the gate."""
         attention = layer.self_attn
         linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        x, gate, norm = self._norm(layer.input_layernorm, x, cond, linears)
-        return self._linears(x, linears, norm), gate
+        normed, gate, norm = self._norm(layer.input_layernorm, x, cond, linears)
+        if norm is not None:
+            return *kernels.project_normed(x, linears, norm), None
+        return self._linears(normed, linears), x, gate
 
     def _feed_forward(self, layer: Any, x: Tensor, cond: Tensor | None, keep: bool) -> Tensor | None:
         mlp = layer.mlp
@@ -172,9 +174,9 @@ class _Layer:
             return x, None, kernels.Norm(module.weight, module.eps)
         return *module(x, cond), None
 
-    def _linears(self, x: Tensor, linears: Sequence[Any], norm: kernels.Norm | None = None) -> Tensor:
+    def _linears(self, x: Tensor, linears: Sequence[Any]) -> Tensor:
         if self._fusable(x, linears):
-            return kernels.project(x, linears, norm)
+            return kernels.project(x, linears)
         outputs = [linear(x) for linear in linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
