@@ -19,6 +19,7 @@ from openpi.models.model import Observation
 from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
 
 import openpi_lora_patch
+from openpi_lora_patch.errors import CheckpointError
 from openpi_lora_patch.lora.quantized import HeldLinear
 from openpi_lora_patch.verify import _fake_observation
 
@@ -164,3 +165,16 @@ def test_state_dicts_have_openpis_keys_and_files_load_with_the_unused_ones_and_w
     assert torch.equal(model.state_dict()[unused], state[unused])
     save_model(model, tmp_path / "saved.safetensors")
     assert torch.equal(model.state_dict()[unused], state[unused])
+
+
+def test_a_strict_load_that_lacks_a_tensor_or_has_one_too_many_changes_nothing(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    some = {name: tensor for name, tensor in other.items() if name != "action_out_proj.bias"}
+    for state in (some, other | {"foreign": torch.ones(1)}, some | {"foreign": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="nothing was loaded"):
+            model.load_state_dict(state)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(other)
+    assert torch.equal(model.action_out_proj.bias, other["action_out_proj.bias"])
+    assert model.load_state_dict(some, strict=False).missing_keys == ["action_out_proj.bias"]

@@ -2,12 +2,15 @@
 
 import copy
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.build import checkpoint_follows, complete, initialising
@@ -20,6 +23,7 @@ from openpi_lora_patch.lora import LoRAConfig, lora_layers
 from openpi_lora_patch.lora.config import FFN
 from openpi_lora_patch.lora.quantized import UnusedLinear, quantize
 from openpi_lora_patch.pi0 import PI0, PI0Config, Tower
+from test_bad_input import DTYPES, damaged, many
 from test_fast import adapted
 
 # Wide MLPs, with adapters: nearly all that there is.
@@ -114,6 +118,84 @@ def test_an_adapter_goes_onto_its_base_from_two_files(tmp_path):
     load_model(other, tmp_path / "model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with a base checkpoint, a whole one and one of adapters alone, by these names."""
+    folder = tmp_path_factory.mktemp("stored")
+    model, _ = adapted("pi0", torch.float32)
+    whole = {name: t for name, t in own(model.state_dict()).items() if "embed_tokens" not in name}  # As it is tied.
+    plain = {name.replace(".base_layer.", "."): t for name, t in whole.items() if ".lora_" not in name}
+    for name, tensors in (("base", plain), ("whole", whole)):
+        safetensors.torch.save_file(tensors, folder / name)
+    save_adapters_only(model)
+    safetensors.torch.save_model(model, folder / "adapters")
+    return folder
+
+
+def altered(path, data):
+    """Another valid file: a tensor is missing, has another name, shape or dtype, or one that no model has is added."""
+    tensors = safetensors.torch.load_file(path)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    kind = data.draw(st.sampled_from(["gone", "renamed", "added", "shape", "dtype"]))
+    tensor = tensors[name].clone() if kind == "added" else tensors.pop(name)
+    if kind in ("renamed", "added"):
+        tensors[data.draw(st.sampled_from(["x", f"{name}.x", f"model.{name}", name[1:]]))] = tensor
+    elif kind == "shape":
+        like = st.sampled_from([(*tensor.shape, 1), tensor.shape[1:], (tensor.numel() + 1,), tensor.shape[::-1]])
+        tensors[name] = torch.ones(data.draw(like), dtype=tensor.dtype)
+    elif kind == "dtype":
+        tensors[name] = tensor.to(data.draw(st.sampled_from(DTYPES)))
+    safetensors.torch.save_file(tensors, path)
+
+
+def memory(model):
+    """What a model holds, to the bit: NaNs too."""
+    held = own(model.state_dict()) | {
+        f"{name}.{part}": getattr(module.base_layer, part).clone()
+        for name, module in lora_layers(model).items()
+        for part in ("data", "scale")
+        if hasattr(module.base_layer, "scale")
+    }
+    return {name: tensor.reshape(-1).contiguous().view(torch.uint8) for name, tensor in held.items()}
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8"])
+@many(60)
+@given(data=st.data())
+def test_a_file_is_loaded_whole_or_nothing_changes(base, stored, tmp_path, data):
+    shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
+    model, _ = adapted("pi0", torch.float32)
+    if base != "bf16":
+        quantize(lora_layers(model).values(), base)
+    load_adapters_through(model, tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    before, source = memory(model), tmp_path / data.draw(st.sampled_from(["adapters", "base", "whole"]))
+    hurt = tmp_path / data.draw(st.sampled_from(sorted({source.name, "base"})))
+    if data.draw(st.booleans()):
+        altered(hurt, data)
+    else:
+        content = bytearray(hurt.read_bytes())
+        if data.draw(st.booleans()):
+            place = data.draw(st.integers(0, 7 + int.from_bytes(content[:8], "little")))
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        else:
+            content = damaged(content, data)
+        hurt.write_bytes(content)
+    other = copy.deepcopy(model)
+    try:
+        load_model(model, source)
+    except CheckpointError:
+        after = memory(model)
+        assert after.keys() == before.keys()
+        assert [name for name in before if not torch.equal(after[name], before[name])] == []
+    else:
+        safetensors.torch.load_model(other, source)  # Which refuses, in its own way, what is not whole.
+        expected, found = memory(other), memory(model)
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_what_is_missing_or_foreign_is_named_and_models_without_adapters_are_not_our_business(tmp_path):

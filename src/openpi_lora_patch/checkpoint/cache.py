@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import logging
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ def read(layers: Layers, checkpoint: files.Path) -> dict[str, Held]:
     except CheckpointError as error:
         logger.warning("The quantised base in %s is damaged, and made anew: %s", path, error)
         return {}
-    if made_from != _made_from(layers, checkpoint):
+    if made_from != _made_from(layers, checkpoint, tensors.items()):
         logger.warning("The quantised base in %s is of another checkpoint, model or version, and made anew", path)
         return {}
     logger.info("The quantised base is read from %s", path)
@@ -69,9 +69,10 @@ def write(layers: Layers, checkpoint: files.Path) -> None:
         return
     path = _path(layers, checkpoint)
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _tensors(layers)}
+    made_from = _made_from(layers, checkpoint, _tensors(layers))
     try:
         with files.replacing(path) as temporary:
-            files.write_tensors(temporary, specs, _tensors(layers), {_MADE_FROM: _made_from(layers, checkpoint)})
+            files.write_tensors(temporary, specs, _tensors(layers), {_MADE_FROM: made_from})
     except CheckpointError as error:
         logger.warning("The quantised base is not kept: %s", error)
     else:
@@ -91,14 +92,17 @@ def _path(layers: Layers, checkpoint: files.Path) -> pathlib.Path:
     return checkpoint.with_name(f"{checkpoint.name}.{_format(layers)}")
 
 
-def _made_from(layers: Layers, checkpoint: files.Path) -> str:
-    """A hash of the layers, of what quantises them, and of the checkpoint's size, time, header and a few bytes."""
+def _made_from(layers: Layers, checkpoint: files.Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of the layers, of what quantises them, of the cache's own names, dtypes and shapes, and of the
+    checkpoint's size, time, header and a few bytes.
+    """
     form = _format(layers)
     extra = FORMATS[form].extra
     versions = (adapters.version(), torch.__version__, extra and importlib.metadata.version(extra))
     shapes = sorted((name, layer.shape) for name, layer in layers.items())
+    header = sorted((name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors)
     status = pathlib.Path(checkpoint).stat()
-    digest = hashlib.sha256(repr((form, versions, shapes, status.st_size, status.st_mtime_ns)).encode())
+    digest = hashlib.sha256(repr((form, versions, shapes, header, status.st_size, status.st_mtime_ns)).encode())
     with pathlib.Path(checkpoint).open("rb") as file:
         digest.update(file.read(int.from_bytes(file.read(8), "little")))
         for sample in range(_SAMPLES):

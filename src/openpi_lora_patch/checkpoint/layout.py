@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..lora.inject import lora_layers
 from ..lora.layer import LoRALinear
-from ..lora.quantized import UnusedLinear
+from ..lora.quantized import HeldLinear, UnusedLinear
 
 logger = logging.getLogger("openpi_lora_patch")
 
@@ -94,10 +94,14 @@ def _is_transposed(adapters: StateDict, state_dict: StateDict) -> bool:
 
 
 def _check_shapes(model: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    wanted |= {
+        f"{name}.weight": module.shape for name, module in model.named_modules() if isinstance(module, HeldLinear)
+    }
     wrong = [
-        f"{prefix + name} {tuple(state_dict[prefix + name].shape)} for {tuple(parameter.shape)}"
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if prefix + name in state_dict and state_dict[prefix + name].shape != parameter.shape
+        f"{prefix + name} {tuple(state_dict[prefix + name].shape)} for {shape}"
+        for name, shape in wanted.items()
+        if prefix + name in state_dict and tuple(state_dict[prefix + name].shape) != shape
     ]
     if wrong:
         raise CheckpointError(

@@ -6,18 +6,18 @@ a quantised base makes in full precision; and, given a GPU as `device`, puts the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import safetensors.torch
 from torch import nn
 
-from ..errors import CheckpointError
 from ..lora.inject import lora_layers
 from ..replace import Overlay
 from . import cache, files
 from .stored import stored_tensors
-from .training import absent
+from .training import absent, whole
 
 
 @functools.wraps(safetensors.torch.load_model)
@@ -31,24 +31,19 @@ def load_model(
         keep: keep the quantised form of what is loaded beside the file, and take it from there, see `cache`.
 
     Raises:
-        CheckpointError: the file cannot be read, does not fit, or (`strict`) lacks tensors or has others.
+        CheckpointError: the file cannot be read, does not fit, or (`strict`) lacks tensors or has others; the
+            model is as it was.
     """
     if not lora_layers(model):
         return safetensors.torch.load_model(model, filename, strict, *args, **kwargs)
     tensors: dict[str, Any] = dict(stored_tensors(filename))
     layers = cache.quantized_layers(model, tensors) if keep else {}
     held = cache.read(layers, filename) if layers else {}
-    missing, unexpected = model.load_state_dict(tensors | held, strict=False)
-    missing = absent(model, missing)
-    if strict and (missing or unexpected):
-        raise CheckpointError(
-            f"{filename} is no checkpoint of this model.",
-            found=f"missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}",
-            fix="use the variants that it was trained with",
-        )
+    with whole(model) if strict else contextlib.nullcontext():
+        missing, unexpected = model.load_state_dict(tensors | held, strict=False)
     if layers and not held:
         cache.write(layers, filename)
-    return missing, unexpected
+    return absent(model, missing), unexpected
 
 
 def streaming(*, keep: bool) -> Overlay:

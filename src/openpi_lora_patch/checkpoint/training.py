@@ -6,8 +6,9 @@ model for its state dict and the second hands it one, so both can be served here
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,33 @@ def save_adapters_only(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(_with_tied_names)
 
 
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within it `model.load_state_dict` takes all of the model's tensors, tied ones by one name, or changes nothing.
+
+    torch copies what fits before it says what is missing. `CheckpointError` comes first, as for a wrong shape.
+    """
+    handle = model.register_load_state_dict_pre_hook(_refuse_part)  # After those that rename what a file holds.
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_part(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    _with_tied_names(model, state_dict, prefix)
+    own = {prefix + name for names in names_of(model).values() for name in names}
+    own |= {prefix + name for name in _persistent_buffers(model)}
+    missing, unexpected = sorted(own - state_dict.keys()), sorted(state_dict.keys() - own)
+    if missing or unexpected:
+        raise CheckpointError(
+            "A checkpoint does not fit the model; nothing was loaded.",
+            found=f"missing: {', '.join(missing[:5]) or 'none'}; unexpected: {', '.join(unexpected[:5]) or 'none'}",
+            expected="each of the model's tensors, and no other",
+            fix="use the variants that it was trained with",
+        )
+
+
 def _only_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
@@ -48,7 +76,8 @@ def _with_tied_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: st
     # safetensors fills these in itself where the model's state dict shows that they are shared.
     for names in names_of(model).values():
         held = [prefix + name for name in names if prefix + name in state_dict]
-        state_dict.update({prefix + name: state_dict[held[0]] for name in names if held})
+        for name in names if held else ():
+            state_dict.setdefault(prefix + name, state_dict[held[0]])
 
 
 class _Loader:

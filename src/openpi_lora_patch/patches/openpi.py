@@ -13,7 +13,7 @@ from typing import Any
 
 from ..apply import apply_lora
 from ..build import complete, follows, initialising
-from ..checkpoint.training import load_adapters_through, save_adapters_only
+from ..checkpoint.training import load_adapters_through, save_adapters_only, whole
 from ..lora import LoRAConfig, as_jax, from_openpi, lora_layers
 from ..lora.quantized import UnusedLinear, quantize, require
 from ..replace import replace
@@ -32,6 +32,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     cls = module.PI0Pytorch
     script = undo.enter_context(contextlib.ExitStack())
     replace(undo, cls, "__init__", _building(cls.__init__, module, settings, script))
+    replace(undo, cls, "load_state_dict", _loading(cls.load_state_dict))
     openpi_sample.patch(module, undo)
     replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
     openpi_fast.patch(module, settings, undo)
@@ -70,6 +71,15 @@ def _building(original: Any, module: ModuleType, settings: Settings, script: con
             complete(self)
 
     return __init__
+
+
+def _loading(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        with whole(self) if strict and lora_layers(self) else contextlib.nullcontext():
+            return original(self, state_dict, strict, assign)
+
+    return load_state_dict
 
 
 def _adapters(variant: Any, settings: Settings) -> dict[str, LoRAConfig]:
