@@ -88,6 +88,7 @@ def make_att_2d_masks(): pass
 class PI0Pytorch:
     def __init__(self): pass
     def _preprocess_observation(self): pass
+    def load_state_dict(self): pass
     def sample_actions(self): pass
     def embed_prefix(self): pass
     def embed_suffix(self): pass

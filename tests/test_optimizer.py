@@ -5,12 +5,14 @@ import sys
 import types
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from openpi_lora_patch.checkpoint import optimizer
 from openpi_lora_patch.errors import CheckpointError
 from openpi_lora_patch.patches import openpi_training
+from openpi_lora_patch.settings import Settings
 
 
 def trained(steps):
@@ -84,29 +86,29 @@ def test_what_is_cut_off_is_an_error(tmp_path, name):
             optimizer.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("adapters_only", [True, False])
-def test_openpis_script_alone_is_patched_and_given_back(tmp_path, monkeypatch, adapters_only):
+@pytest.mark.parametrize("save", ["adapter", "model"])
+def test_openpis_script_alone_is_patched_and_given_back(tmp_path, monkeypatch, save):
     def save_checkpoint(model, optimizer, global_step, config):
         script.torch.save(optimizer, tmp_path / "optimizer.pt")
 
     def use(config):
         with contextlib.ExitStack() as undo:
             for _ in range(2):
-                openpi_training.patch(undo, adapters_only=adapters_only)
+                openpi_training.patch(undo, settings)
             assert torch.save is not optimizer.save
             assert script.torch.nn is torch.nn
             script.save_checkpoint(model, trained(1)[1].state_dict(), 1, config)
             return script.torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=False)
 
     script = types.ModuleType("__main__")
-    script.torch, script.save_checkpoint = torch, save_checkpoint
+    script.torch, script.safetensors, script.save_checkpoint = torch, safetensors, save_checkpoint
     before = dict(vars(script))
     monkeypatch.setitem(sys.modules, "__main__", script)
-    model = nn.Linear(1, 1)
-    openpi_training.patch(contextlib.ExitStack(), adapters_only=True)
+    model, settings = nn.Linear(1, 1), Settings(save=save)
+    openpi_training.patch(contextlib.ExitStack(), settings)
     assert vars(script) == before, "no script of openpi's"
     script.train_loop = before["train_loop"] = print
     assert use(types.SimpleNamespace(name="mine"))["param_groups"][0]["lr"] == 0.1
     assert model.openpi_config == "mine"
     assert vars(script) == before
-    assert ((tmp_path / "optimizer.pt").read_bytes()[:2] == b"PK") != adapters_only
+    assert ((tmp_path / "optimizer.pt").read_bytes()[:2] == b"PK") == (save == "model")

@@ -183,4 +183,5 @@ def _bounded(pattern: str) -> re.Pattern[str]:
     syntax = re.sub(r"\\.|\[.*?\]", "", pattern.replace("(?:", "("), flags=re.DOTALL)
     if len(re.findall(r"[*+?{]", syntax)) > 2 or syntax.count("(") > 1 or re.search(r"\)[*+?{]", syntax):
         raise ValueError(f"{pattern!r:.100} has more than two repeats, more than one group, or one that is repeated")
+    re.compile(pattern)  # One as `)|(` has a meaning only within ours.
     return re.compile(rf"(.*\.)?({pattern})")
