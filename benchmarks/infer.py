@@ -67,6 +67,8 @@ def main() -> None:
     def report(name: str, value: float) -> None:
         figures[name] = value
         print(f"{name:44} {value:8.1f}", flush=True)
+        if options.json is not None:  # After each: compiling takes minutes.
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     def sample(how: str) -> None:
         for name, value in measure(model, observation, noise, options.modes):
@@ -81,12 +83,12 @@ def main() -> None:
     layers = lora_layers(model).values()
     report(f"swapping {len(layers)} Linears, ms", 1000 * (time.perf_counter() - start))
     model.eval()
-    sample("apart")
     for layer in layers:
         layer.merge()
     sample("merged")
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    for layer in layers:
+        layer.unmerge()
+    sample("apart")
 
 
 if __name__ == "__main__":

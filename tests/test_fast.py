@@ -220,4 +220,4 @@ def test_a_forward_that_broke_off_leaves_nothing_to_the_next(monkeypatch):
     embed_prefix(model.train(), [tokens], [here], tokens, torch.ones_like(tokens, dtype=torch.bool))
     assert model.paligemma_with_expert.prefix.whole
     embed_prefix(model.eval(), [tokens], [here], tokens, torch.zeros_like(tokens, dtype=torch.bool))
-    assert not hasattr(model.paligemma_with_expert, "prefix")
+    assert model.paligemma_with_expert.prefix is None

@@ -36,6 +36,7 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
 def enable(model: Any) -> None:
     """Have this `PI0Pytorch` train the fast way."""
     model.trains_fast = model.paligemma_with_expert.trains_fast = True
+    model.paligemma_with_expert.prefix = None
 
 
 def _fast(module: Any) -> bool:
@@ -45,7 +46,8 @@ def _fast(module: Any) -> bool:
 def _trimming(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def embed_prefix(self: Any, images: Any, img_masks: Any, lang_tokens: Tensor, lang_masks: Tensor) -> Any:
-        vars(self.paligemma_with_expert).pop("prefix", None)  # Of a forward that did not come to its end.
+        if _fast(self):
+            self.paligemma_with_expert.prefix = None  # There may be one of a forward that did not come to its end.
         if _fast(self) and self.training and joint.plan(settings, lang_tokens.device).trim:
             (images, img_masks, lang_tokens, lang_masks), whole = trimmed(images, img_masks, lang_tokens, lang_masks)
             embedded = _embedded(self, images, img_masks, lang_tokens, lang_masks)
@@ -164,7 +166,7 @@ def _jointly(original: Any, settings: Settings) -> Any:
             return original(self, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, adarms_cond)
         chosen = joint.plan(settings, inputs_embeds[0].device)
         conds = adarms_cond or (None, None)
-        prefix = vars(self).pop("prefix", None)
+        prefix, self.prefix = self.prefix, None
         outputs = joint.forward(self, inputs_embeds, attention_mask, position_ids, conds, chosen, prefix=prefix)
         return outputs, None
 
