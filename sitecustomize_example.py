@@ -27,6 +27,8 @@ def _run_next_sitecustomize():
 
 try:
     if os.environ.get("OPENPI_LORA", "0") not in ("", "0"):
-        import openpi_lora_patch  # noqa: F401
+        import openpi_lora_patch.startup
+
+        openpi_lora_patch.startup.start()
 finally:
     _run_next_sitecustomize()

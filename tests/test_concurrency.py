@@ -127,7 +127,7 @@ def test_deactivating_under_load_leaves_nothing_patched(package):
     assert _values(package) == {1}
     assert not hooks._hooks
     assert not hooks._refused
-    assert hooks._finder not in sys.meta_path
+    assert hooks.finder not in sys.meta_path
 
 
 @pytest.mark.parametrize("fails", [False, True])

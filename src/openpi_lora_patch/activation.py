@@ -12,9 +12,9 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from . import hooks
+from . import hooks, startup
 from . import settings as _settings
-from .errors import ActivationError, SettingsError
+from .errors import ActivationError
 from .settings import Settings
 
 # Patched module -> the module of `patches` whose `patch(module, settings, undo)` does it.
@@ -74,22 +74,15 @@ _active: _Active | None = None
 
 
 def start() -> None:
-    """What `import openpi_lora_patch` does: activate, unless `OPENPI_LORA=0` forbids it.
+    """What `import openpi_lora_patch` puts off (see `startup`): activate, unless `OPENPI_LORA=0` forbids it.
 
     Raises:
-        SettingsError: a variable has no meaning. The modules to be patched are refused from then on, because an
-            error at interpreter start (a `.pth` file) is printed, but does not end the program.
+        SettingsError, ActivationError, CompatibilityError: see `activate`.
     """
-    try:
-        wanted = _settings.switched_on() is not False
-        if wanted:
-            activate()
-        else:
-            deactivate()
-    except SettingsError as error:
-        for name in PATCHES:
-            hooks.refuse(name, error)
-        raise
+    if _settings.switched_on() is False:
+        deactivate()
+    else:
+        activate()
 
 
 def activate(**settings: Any) -> None:
@@ -109,9 +102,9 @@ def activate(**settings: Any) -> None:
         wanted = _settings.read(**settings)
         if _active is not None:
             _require_same(_active.settings, wanted)
+            startup.stop()
             return
         _refuse_live_models()
-        hooks.remove()  # Refusals that a wrong setting left at start.
         starting = _Active(wanted)
         starting.undo.callback(hooks.remove)
         try:
@@ -122,16 +115,17 @@ def activate(**settings: Any) -> None:
             starting.end()
             raise
         _active = starting
+        startup.stop()
 
 
 def deactivate() -> None:
     """Restore every object that was changed. Models built meanwhile keep working as they are."""
     global _active
     with _switching:
+        startup.stop()
         if _active is not None:
             _active.end()
             _active = None
-        hooks.remove()
 
 
 def status() -> Status:

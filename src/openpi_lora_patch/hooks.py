@@ -1,4 +1,4 @@
-"""Run a function when a named module loads, refuse the module for good, or provide one that has no file.
+"""Run a function when a named module loads, or provide a module that has no file.
 
 wrapt calls the function. For these modules one finder of our own on `sys.meta_path` stands in for wrapt's, which asks
 `importlib.util.find_spec` and so waits for the parent package: where another thread is importing that package, which
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from . import startup
 from .errors import ActivationError, OpenpiLoraError
 
 Hook = Callable[[ModuleType], None]
@@ -57,12 +58,6 @@ def provide(name: str, populate: Hook) -> None:
     _virtual[name] = populate
 
 
-def refuse(name: str, error: OpenpiLoraError) -> None:
-    """Raise `error` whenever `name` is imported, until `remove()`."""
-    _install()
-    _refused[name] = error
-
-
 def refused() -> dict[str, OpenpiLoraError]:
     """The modules that cannot be imported, each with its reason."""
     return dict(_refused)
@@ -75,14 +70,12 @@ def remove() -> None:
     with _lock:
         for registry in (_hooks, _refused, _virtual):
             registry.clear()
-    if _finder in sys.meta_path:
-        # A list of its own: a thread that is going through this one would pass over the finder after ours.
-        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+    startup.withdraw(finder)
 
 
 def _install() -> None:
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
+    if finder not in sys.meta_path:
+        sys.meta_path.insert(0, finder)
 
 
 def _forget_module(name: str) -> None:
@@ -155,7 +148,7 @@ class _VirtualLoader(importlib.abc.Loader):
         self._populate(module)
 
 
-_finder = _Finder()
+finder = _Finder()
 
 
 def _wrapt() -> ModuleType:
