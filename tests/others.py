@@ -1,10 +1,13 @@
 """Run the tests of others with OPENPI_LORA=1 and without, and compare what became of each.
 
     python tests/others.py CHECKOUT tests/models/gemma tests/models/paligemma tests/models/siglip
+    python tests/others.py CHECKOUT --as hf-internal-testing/tiny-random-Gemma3ForCausalLM \
+        tests/test_decoder_models.py -k Gemma3
 
 CHECKOUT is a checkout of transformers (or of PEFT) at the release that is installed, outside this project. What comes
-after the test files goes to pytest. A test that the network, a GPU or a package is missing for has to end equally both
-ways. Exits 1 on a difference, 2 where nothing was compared.
+after the test files goes to pytest. With `--as`, a small random Gemma answers to that name of the model hub: PEFT's
+tests know later Gemmas only, which are not patched. A test that the network, a GPU or a package is missing for has to
+end equally both ways. Exits 1 on a difference, 2 where nothing was compared.
 """
 
 from __future__ import annotations
@@ -25,6 +28,21 @@ def environment(*, on: bool) -> dict[str, str]:
     clean = {name: text for name, text in os.environ.items() if not name.startswith("OPENPI_LORA")}
     clean |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
     return clean | {"OPENPI_LORA": "1" if on else "0"}
+
+
+def stand_in(hub: pathlib.Path, name: str) -> None:
+    """Put a small random Gemma where the hub's cache `hub` would hold the model `name`."""
+    code = f"""
+import pathlib, torch, transformers
+torch.manual_seed(0)
+sizes = dict(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=1024, max_position_embeddings=512)
+config = transformers.GemmaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes)
+model = pathlib.Path({str(hub)!r}, "models--" + {name!r}.replace("/", "--"))
+(model / "refs").mkdir(parents=True)
+(model / "refs/main").write_text("0" * 40)
+transformers.GemmaForCausalLM(config).save_pretrained(model / "snapshots" / ("0" * 40))
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment(on=False), check=True)
 
 
 def active(checkout: pathlib.Path, *, on: bool) -> bool:
@@ -62,12 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare; returns 0 where everything is equal, 1 on a difference, 2 where there was nothing to compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=pathlib.Path)
+    parser.add_argument("--as", dest="name", help="a model of the hub for which a small Gemma stands in")
     parser.add_argument("tests", nargs="+", help="files, and options of pytest")
     options, more = parser.parse_known_args(arguments)
     if active(options.checkout, on=False) or not active(options.checkout, on=True):
         print("OPENPI_LORA does not switch the patches on and off here")
         return 2
-    without, patched = (outcomes(options.checkout, options.tests + more, on=on) for on in (False, True))
+    with tempfile.TemporaryDirectory() as hub:
+        if options.name is not None:
+            stand_in(pathlib.Path(hub), options.name)
+            os.environ["HF_HUB_CACHE"] = hub
+        without, patched = (outcomes(options.checkout, options.tests + more, on=on) for on in (False, True))
     print(f"{len(without)} tests without: {dict(collections.Counter(without.values()))}")
     print(f"{len(patched)} tests with: {dict(collections.Counter(patched.values()))}")
     different = [name for name in without.keys() | patched if without.get(name) != patched.get(name)]

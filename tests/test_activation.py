@@ -77,7 +77,7 @@ print(openpi_lora_patch.status().modules['{GEMMA}'])
 
 
 @pytest.mark.parametrize("variable", ["OPENPI_LORA", "OPENPI_LORA_FREEZE", "OPENPI_LORA_FREZE"])
-def test_a_wrong_setting_is_printed_at_start_and_refuses_gemma_every_time(child, variable):
+def test_a_wrong_setting_refuses_gemma_every_time(child, variable):
     code = f"""
 import importlib
 for _ in range(3):
@@ -88,7 +88,6 @@ for _ in range(3):
 """
     result = child("-c", code, **{"OPENPI_LORA": "1", variable: "yes"})
     assert ok(result).split() == ["SettingsError", "True"] * 3
-    assert "SettingsError" in result.stderr
 
 
 def test_transformers_lazy_import_does_not_swallow_a_refusal(child):

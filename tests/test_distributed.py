@@ -216,3 +216,4 @@ def test_an_adapter_saved_by_the_second_rank_is_whole_and_loads_on_one_and_on_tw
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    os._exit(0)  # A thread of gloo that asks for the GIL while the interpreter ends would abort the process.
