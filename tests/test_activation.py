@@ -241,12 +241,12 @@ def test_a_lerobot_that_needs_nothing_is_said_to_be_left_alone(child, tmp_path):
 def test_a_setting_corrected_in_the_process_ends_the_refusal(child, corrected, patched):
     code = f"""
 import importlib, os
+import openpi_lora_patch
 try:
-    import openpi_lora_patch
+    importlib.import_module("{GEMMA}")
 except Exception as error:
     print(type(error).__name__)
 os.environ["OPENPI_LORA"] = "{corrected}"
-import openpi_lora_patch
 print(hasattr(importlib.import_module("{GEMMA}"), "_gated_residual"))
 """
     assert ok(child("-c", code, OPENPI_LORA="yes")).split() == ["SettingsError", patched]

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import hooks, startup
 from . import settings as _settings
-from .errors import ActivationError
+from .errors import ActivationError, CompatibilityError
 from .settings import Settings
 
 # Patched module -> the module of `patches` whose `patch(module, settings, undo)` does it.
@@ -97,25 +97,32 @@ def activate(**settings: Any) -> None:
             built before.
         CompatibilityError: a transformers release that was not tested is loaded.
     """
-    global _active
     with _switching:
         wanted = _settings.read(**settings)
-        if _active is not None:
-            _require_same(_active.settings, wanted)
-            startup.stop()
-            return
-        _refuse_live_models()
-        starting = _Active(wanted)
-        starting.undo.callback(hooks.remove)
         try:
-            hooks.provide(CHECK, _populate_check)
-            for name, patch in PATCHES.items():
-                hooks.on_import(name, functools.partial(_patch, starting, patch))
-        except BaseException:
-            starting.end()
+            _activate(wanted)
+        except (ActivationError, CompatibilityError):
+            startup.stop()  # It was said once, and is true for this process. Anything else is said again.
             raise
-        _active = starting
         startup.stop()
+
+
+def _activate(wanted: Settings) -> None:
+    global _active
+    if _active is not None:
+        _require_same(_active.settings, wanted)
+        return
+    _refuse_live_models()
+    starting = _Active(wanted)
+    starting.undo.callback(hooks.remove)
+    try:
+        hooks.provide(CHECK, _populate_check)
+        for name, patch in PATCHES.items():
+            hooks.on_import(name, functools.partial(_patch, starting, patch))
+    except BaseException:
+        starting.end()
+        raise
+    _active = starting
 
 
 def deactivate() -> None:

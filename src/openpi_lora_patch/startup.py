@@ -22,8 +22,8 @@ def start() -> None:
     """Activate when the first of `PACKAGES` is imported; at once where one is loaded already.
 
     Raises:
-        OpenpiLoraError: activation was refused. Until it succeeds, so is each import of `PACKAGES`: an error at
-            interpreter start (a `.pth` file) is printed, but does not end the program.
+        SettingsError, ActivationError, CompatibilityError: see `activation.activate`. After the first, each import of
+            `PACKAGES` is refused: an error at interpreter start is printed, but does not end the program.
     """
     if not _is_waiting():
         sys.meta_path.insert(0, _finder)
