@@ -1,6 +1,7 @@
 """Sampling actions with one sample, eager and compiled: without adapters, with them merged, with them apart.
 
-Also: injecting them; and for each way to compile, how many graphs, breaks, recompiles and skipped CUDA graphs.
+Eager, the host decides; what the kernels take on the GPU does not depend on it. Also: injecting them; and for each way
+to compile, how many graphs, breaks, recompiles and skipped CUDA graphs.
 
 Needs what `train.py` needs; run as `python benchmarks/infer.py`.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import models
 import torch
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from openpi_lora_patch.lora import LoRAConfig, inject, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
@@ -35,6 +37,15 @@ def median(function: Callable[[], Any], times: int = 10) -> float:
     return statistics.median(found[2:])
 
 
+def on_gpu(function: Callable[[], Any]) -> float:
+    """Milliseconds that the GPU works in one call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        function()
+        torch.cuda.synchronize()
+    kernels = [event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in kernels) / 1000
+
+
 def measure(model: Any, observation: Any, noise: torch.Tensor, modes: list[str]) -> Iterator[tuple[str, float]]:
     """Milliseconds of `sample_actions`, eager and in each of torch.compile's `modes`, and what Dynamo counted."""
 
@@ -42,6 +53,7 @@ def measure(model: Any, observation: Any, noise: torch.Tensor, modes: list[str])
         return median(lambda: sample("cuda", observation, noise=noise))
 
     yield "eager, ms", timed(model.sample_actions)
+    yield "eager, ms on the GPU", on_gpu(lambda: model.sample_actions("cuda", observation, noise=noise))
     for mode in modes:
         torch._dynamo.reset()
         counters.clear()
