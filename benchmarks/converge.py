@@ -1,14 +1,14 @@
 """Whether a quantised base trains as well: 300 steps of the small pi0 on each base, and how its losses end.
 
-openpi's flow-matching loss, with adapters and heads that train, on the reference data's observations and actions. Every
-base has the same noise, times and first adapters. Needs no GPU; nf4 needs bitsandbytes. Run as
-`python benchmarks/converge.py` from the repository's root.
+openpi's flow-matching loss, with adapters and heads that train, on the reference data's observations and actions. For
+each seed every base has the same noise, times and first adapters; what is printed is the mean of the last 20 losses.
+Needs no GPU; nf4 needs bitsandbytes. Run as `python benchmarks/converge.py` from the repository's root.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import sys
 
 sys.path.insert(0, "tests")
@@ -47,16 +47,17 @@ def losses(base: str, steps: int, seed: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the first adapters, noise and times")
-    parser.add_argument("--bases", nargs="*", default=["bf16", *FORMATS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of first adapters, noise and times")
+    parser.add_argument("--bases", nargs="*", default=[*FORMATS])
     options = parser.parse_args()
-    plain = math.nan
-    for base in options.bases:
-        found = losses(base, options.steps, options.seed)
-        final = sum(found[-20:]) / len(found[-20:])
-        plain = final if base == "bf16" else plain
+    finals: dict[str, list[float]] = {}
+    for base in ["bf16", *options.bases]:
+        finals[base] = [statistics.mean(losses(base, options.steps, seed)[-20:]) for seed in options.seeds]
+        ratios = [final / plain for final, plain in zip(finals[base], finals["bf16"], strict=True)]
+        each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        mean = statistics.mean(finals[base])
         print(
-            f"{base:5} first {found[0]:.4f}, mean of the last 20 {final:.4f}, {final / plain:.4f} of bf16's", flush=True
+            f"{base:5} {mean:.4f}, {mean / statistics.mean(finals['bf16']):.4f} of bf16's; by seed {each}", flush=True
         )
 
 
