@@ -153,7 +153,8 @@ class _Projection(torch.autograd.Function):
         if residual is None:
             output, hidden, scale = linear(x, norm, eps)
         else:
-            output, hidden = linear.added(residual, x)
+            hidden = linear.hidden(x)
+            output = linear.added(residual, x, hidden)
         ctx.scalings = scalings
         ctx.set_materialize_grads(False)
         _save(ctx, x, norm, scale, hidden, linear.a, linear.b, *tensors)
@@ -167,7 +168,8 @@ class _Projection(torch.autograd.Function):
         hidden_grad = linear.hidden_grad(grad)
         grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
         if hidden_grad is not None:
-            grads_a = _unstack(_normed_product(hidden_grad, x, norm, scale), matrices_a)
+            scaled = hidden_grad if scale is None else (hidden_grad * scale).to(hidden_grad.dtype)
+            grads_a = _unstack(_after_norm(scaled.T @ x, norm), matrices_a)
             grads_b = _unblock(grad.T @ hidden, matrices_b, ctx.scalings)
         if ctx.needs_input_grad[0]:
             x_grad = linear.backward(grad, hidden_grad)
@@ -194,12 +196,12 @@ class _FeedForward(torch.autograd.Function):
             gate_up, inner, scale = first(rows, norm, eps)
             if norm is None:
                 wide, activation = last.room(len(rows), last.size)
-                hidden = last.hidden(pointwise.geglu(gate_up, activation))
+                hidden = pointwise.geglu(gate_up, activation, last.narrow)
                 outputs.append(last.product(wide, hidden))
             else:
-                activation = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size))
-                output, hidden = last.added(rows, activation)
-                outputs.append(output)
+                activation = rows.new_empty(len(rows), last.size)
+                hidden = pointwise.geglu(gate_up, activation, last.narrow)
+                outputs.append(last.added(rows, activation, hidden))
             kept = [gate_up, inner, scale, hidden] if keep else []
         ctx.eps, ctx.keep, ctx.scalings = eps, keep, scalings
         _save(ctx, x, norm, first.a, first.b, last.a, last.b, *tensors, *kept)
@@ -215,21 +217,19 @@ class _FeedForward(torch.autograd.Function):
         for rows, out_grad in ((x, grad),) if ctx.keep else _chunks(x, grad):
             gate_up, inner, scale, hidden = kept or (*first(rows, norm, ctx.eps), None)
             if last.a is not None and hidden is None:
-                hidden = last.hidden(pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size)))
+                hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.narrow)
             hidden_grad = last.hidden_grad(out_grad)
-            activation_grad = last.backward(out_grad, hidden_grad)
             wide, gate_up_grad = first.room(len(rows), first.out)
-            a_last = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, gate_up_grad)
+            activation_grad = out_grad @ last.weights[0]  # The adapter's part is added where it is read.
+            a_last = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, last.narrow, gate_up_grad)
             del activation_grad, gate_up
             totals.add(a_last=a_last, b_last=None if hidden is None else out_grad.T @ hidden)
-            inner_grad = None
             if first.b is not None:
                 ranks = len(matrices_a[0]), len(matrices_a[1])
-                inner_grad, (b_gate, b_up) = pointwise.pair_backward(gate_up_grad, cast(Tensor, inner), first.b, ranks)
-                a_first = _normed_product(inner_grad, rows, norm, scale)
-                totals.add(b_gate=b_gate, b_up=b_up, a_first=a_first)
+                scaled, (b_gate, b_up) = pointwise.pair_backward(wide, cast(Tensor, inner), first.b, ranks, scale)
+                totals.add(b_gate=b_gate, b_up=b_up, a_first=_after_norm(scaled.T @ rows, norm))
             if ctx.needs_input_grad[0]:
-                x_grad = first.product_back(wide, inner_grad)
+                x_grad = first.product_back(wide)
                 if norm is not None:
                     out = _with_room(rows, *rows.shape)
                     x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, cast(Tensor, scale), out_grad, out)
@@ -277,9 +277,8 @@ class _Stacked:
         b = a.new_empty(sum(len(b) for b in matrices_b), -(-sum(ranks) // 16) * 16)
         rows, columns = _offsets([len(b) for b in matrices_b]), _offsets(ranks)
         for i, (part_a, part_b) in enumerate(zip(matrices_a, matrices_b, strict=True)):
-            last = i == len(ranks) - 1
-            pointwise.place(part_a, a[columns[i] :] if last else a[columns[i] : columns[i + 1]], 0, 1.0)
-            pointwise.place(part_b, b[rows[i] : rows[i] + len(part_b)], columns[i], scalings[i])
+            own_a = a[columns[i] :] if i == len(ranks) - 1 else a[columns[i] : columns[i + 1]]
+            pointwise.place(part_a, part_b, scalings[i], own_a, b[rows[i] : rows[i] + len(part_b)], columns[i])
         return cls(weights, a, b)
 
     def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -292,12 +291,12 @@ class _Stacked:
         hidden = self.hidden(inputs)
         return self.product(wide, hidden), hidden, scale
 
-    def added(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`residual` plus the output, (rows, out), and what the adapters have inside, (rows, r)."""
-        output, hidden = x @ _cat(self.weights).T, self.hidden(x)
+    def added(self, residual: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
+        """`residual` plus the output, (rows, out)."""
+        output = x @ _cat(self.weights).T
         if hidden is None or self.b is None:
-            return output.add_(residual), None
-        return pointwise.add_low_rank(residual, output, hidden, self.b), hidden
+            return output.add_(residual)
+        return pointwise.add_low_rank(residual, output, hidden, self.b)
 
     def product(self, wide: Tensor, hidden: Tensor | None) -> Tensor:
         """The output, from `room` whose part for x is filled."""
@@ -307,17 +306,20 @@ class _Stacked:
 
     def backward(self, grad: Tensor, hidden_grad: Tensor | None) -> Tensor:
         """From the output's gradient (rows, out) and `hidden_grad` to the input's (rows, in)."""
-        return self._product_back(grad if hidden_grad is None else _beside(grad, hidden_grad))
+        return self.product_back(grad if hidden_grad is None else _beside(grad, hidden_grad))
 
-    def product_back(self, wide: Tensor, hidden_grad: Tensor | None) -> Tensor:
-        """The same from `room` whose part for the output's gradient is filled."""
-        if hidden_grad is not None:
-            pointwise.beside(None, hidden_grad, wide)
-        return self._product_back(wide)
+    def product_back(self, wide: Tensor) -> Tensor:
+        """The same from `room` that is filled."""
+        return wide @ _cat(self.weights if self.a is None else [*self.weights, self.a])
+
+    @property
+    def narrow(self) -> Tensor | None:
+        """The As, (r, in), without the zeros that make their number a multiple of 64."""
+        return None if self.a is None or self.b is None else self.a[: self.b.shape[1]]
 
     def hidden(self, x: Tensor) -> Tensor | None:
         """`x A^T`, (rows, r)."""
-        return None if self.a is None or self.b is None else x @ self.a[: self.b.shape[1]].T
+        return None if self.narrow is None else x @ self.narrow.T
 
     def hidden_grad(self, grad: Tensor) -> Tensor | None:
         """`y_grad B`, (rows, r)."""
@@ -338,19 +340,14 @@ class _Stacked:
             pointwise.beside(part, self.b[own], weight[own])
         return wide @ weight.T
 
-    def _product_back(self, wide: Tensor) -> Tensor:
-        return wide @ _cat(self.weights if self.a is None else [*self.weights, self.a])
-
 
 def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(x, _CHUNK), torch.split(grad, _CHUNK), strict=True)
 
 
-def _normed_product(left: Tensor, x: Tensor, norm: Tensor | None, scale: Tensor | None) -> Tensor:
-    """`left.T @ rms_norm(x)`: (rows, r), (rows, in) to (r, in)."""
-    if norm is None or scale is None:
-        return left.T @ x
-    return pointwise.widened((left * scale).to(left.dtype).T @ x) * (1 + norm)
+def _after_norm(product: Tensor, norm: Tensor | None) -> Tensor:
+    """`left.T @ rms_norm(x)`, (r, in), from `product`: the same with `left * scale` and x, `scale` being 1 / rms."""
+    return product if norm is None else pointwise.widened(product) * (1 + norm)
 
 
 def _with_room(like: Tensor, rows: int, size: int) -> Tensor:

@@ -46,20 +46,20 @@ def padded(rank: int) -> int:
     return -(-rank // 64) * 64
 
 
-def place(matrix: Tensor, out: Tensor, column: int, scaling: float) -> None:
-    """`out = [0 | matrix * scaling | 0]`, `matrix` beginning at `column`, and zeros in what rows it does not reach.
+def place(a: Tensor, b: Tensor, scaling: float, stacked_a: Tensor, stacked_b: Tensor, column: int) -> None:
+    """One adapter's matrices into its rows of the stacks; zeros into what else these rows have.
 
     Args:
-        matrix: (rows, columns), in any dtype.
-        out: (at least as many rows, width), contiguous.
-        column: at most width - columns.
-        scaling: 1 leaves the numbers as they are.
+        a: (r, in), in any dtype, to the top of `stacked_a`, (r or more, in), contiguous.
+        b: (out, r), times `scaling`, to the columns of `stacked_b`, (out, width), contiguous, from `column` on.
     """
-    if out.is_cuda:
-        _triton().place(matrix.contiguous(), out, column, scaling)
+    if stacked_a.is_cuda:
+        _triton().place(a, b, scaling, stacked_a, stacked_b, column)
         return
-    out.zero_()
-    out[: matrix.shape[0], column : column + matrix.shape[1]] = matrix * scaling
+    for stacked in (stacked_a, stacked_b):
+        stacked.zero_()
+    stacked_a[: len(a)] = a
+    stacked_b[:, column : column + b.shape[1]] = b * scaling
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -112,57 +112,75 @@ def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> T
     return out
 
 
-def geglu(gate_up: Tensor, out: Tensor) -> Tensor:
-    """`out = gelu(gate) * up`, gelu in its tanh form: (rows, 2 * dim), gate first, to (rows, dim), any row stride."""
-    if gate_up.is_cuda:
-        _triton().geglu(gate_up, out)
-    else:
-        gate, up = widened(gate_up).chunk(2, dim=-1)
-        out.copy_(F.gelu(gate, approximate="tanh") * up)
-    return out
-
-
-def geglu_backward(grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, out: Tensor) -> Tensor | None:
-    """Gradient of `geglu`, into `out`, and that of the A of the adapter after it while the tiles are at hand.
+def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
+    """`out = gelu(gate) * up`, gelu in its tanh form, and what the adapter after it has inside.
 
     Args:
-        grad: of the output, (rows, dim).
+        gate_up: (rows, 2 * dim), gate first.
+        out: (rows, dim), a view with any row stride.
+        a: (r, dim), of the adapter; None without one.
+
+    Returns:
+        `out @ a.T`, (rows, r), or None.
+    """
+    if gate_up.is_cuda:
+        return _triton().geglu(gate_up, out, a)
+    gate, up = widened(gate_up).chunk(2, dim=-1)
+    out.copy_(F.gelu(gate, approximate="tanh") * up)
+    return None if a is None else out @ a.T
+
+
+def geglu_backward(
+    grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, a: Tensor | None, out: Tensor
+) -> Tensor | None:
+    """Gradient of `geglu`, into `out`, and that of `a`.
+
+    Args:
+        grad: of the output, but for the adapter's part, `inner_grad @ a`, which is added here; (rows, dim).
         gate_up: the input, (rows, 2 * dim).
         inner_grad: (rows, r), gradient of what the adapter after `geglu` has inside; None without one.
+        a: as `geglu` was given it.
         out: (rows, 2 * dim), a view with any row stride, for the gradient of `gate_up`.
 
     Returns:
         `inner_grad.T @ geglu(gate_up)`, (r, dim), float32 at least, or None.
     """
     if grad.is_cuda:
-        return _triton().geglu_backward(grad, gate_up, inner_grad, out)
+        return _triton().geglu_backward(grad, gate_up, inner_grad, a, out)
     gate, up = (half.detach().requires_grad_() for half in widened(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up
+    if inner_grad is not None and a is not None:
+        grad = widened(grad) + widened(inner_grad) @ widened(a)
     gate_grad, up_grad = torch.autograd.grad(output, (gate, up), widened(grad))
     out.copy_(torch.cat([gate_grad, up_grad], dim=-1))
     return None if inner_grad is None else widened(inner_grad).T @ output.detach()
 
 
 def pair_backward(
-    grad: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int]
+    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Of two adapters on one input (gate's and up's), in one pass over the gradient of what they add to.
 
     Args:
-        grad: (rows, 2 * dim), a view with any row stride.
+        wide: (rows, 2 * dim + room), contiguous: that gradient, and beside it room for the gradient of `inner`,
+            `gradient @ b`, which is put there, zeros behind it.
         inner: (rows, r), what they have inside, `x @ A.T`.
         b: (2 * dim, r), their Bs on a block diagonal; r is at least the sum of `ranks`.
         ranks: of each.
+        scale: (rows, 1), or None for ones.
 
     Returns:
-        The gradient of `inner`, `grad @ b`, and those of the two Bs, (dim, rank) each, float32 at least.
+        The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each, float32 at least.
     """
-    if grad.is_cuda:
-        return _triton().pair_backward(grad, inner, b, ranks)
+    if wide.is_cuda:
+        return _triton().pair_backward(wide, inner, b, ranks, scale)
+    grad = wide[:, : len(b)]
     halves, (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
     grads = (widened(halves[0]).T @ widened(first), widened(halves[1]).T @ widened(second))
-    return grad @ b, grads
+    inner_grad = grad @ b
+    beside(None, inner_grad, wide)
+    return inner_grad if scale is None else (inner_grad * scale).to(inner_grad.dtype), grads
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:

@@ -11,9 +11,14 @@ from torch import Tensor
 from .pointwise import Whole
 
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
+_ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
 _PAIR = {"ROWS": 64, "COLUMNS": 512, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
+_STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
+_NARROW = (
+    32  # Up to this rank GEGLU takes the adapter after it along; above, tiles outgrow smaller GPUs' shared memory.
+)
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
@@ -25,10 +30,12 @@ def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
     )
 
 
-def place(matrix: Tensor, out: Tensor, column: int, scaling: float) -> None:
-    rows, columns = matrix.shape
-    grid = (triton.cdiv(out.numel(), 1024),)
-    _place[grid](matrix, out, rows, columns, column, out.shape[1], out.numel(), scaling, 1024, num_warps=4)
+def place(a: Tensor, b: Tensor, scaling: float, stacked_a: Tensor, stacked_b: Tensor, column: int) -> None:
+    sizes = a.numel(), stacked_a.numel(), stacked_b.numel()
+    _place[(triton.cdiv(max(sizes[1:]), 1024), 2)](
+        a.contiguous(), b.contiguous(), stacked_a, stacked_b, *sizes, b.shape[1], column, stacked_b.shape[1], scaling,
+        1024, num_warps=4,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -55,40 +62,64 @@ def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out:
     _add_low_rank[grid](residual, base, hidden, b, out, rows, dim, hidden.shape[1], _block(hidden.shape[1]), **_ADD)
 
 
-def geglu(gate_up: Tensor, out: Tensor) -> None:
+def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
     rows, dim = out.shape
+    if a is not None and len(a) <= _NARROW:
+        return _geglu_with_adapter(gate_up, out, a)
     block = min(1024, triton.next_power_of_2(dim))
     _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4)
+    return None if a is None else out @ a.T
 
 
-def geglu_backward(grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, out: Tensor) -> Tensor | None:
+def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
+    rows, dim = out.shape
+    strip = triton.cdiv(triton.cdiv(dim, _STRIPS), _ADAPTED["COLUMNS"]) * _ADAPTED["COLUMNS"]
+    strips = triton.cdiv(dim, strip)
+    parts = out.new_empty(strips, len(a), rows, dtype=torch.float32)
+    _geglu_adapted[(triton.cdiv(rows, _ADAPTED["ROWS"]), strips)](
+        gate_up, out, a, parts, gate_up.stride(0), out.stride(0), rows, dim, strip, len(a), _block(len(a)), **_ADAPTED
+    )
+    hidden = out.new_empty(rows, len(a))
+    _sum_turned[(triton.cdiv(rows, 32),)](parts, hidden, rows, strips, len(a), _block(len(a)), 32, num_warps=4)
+    return hidden
+
+
+def geglu_backward(
+    grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, a: Tensor | None, out: Tensor
+) -> Tensor | None:
     rows, dim = grad.shape
+    rank = 0 if inner_grad is None else inner_grad.shape[1]
+    if inner_grad is not None and a is not None and rank > _NARROW:
+        grad, a = torch.addmm(grad, inner_grad, a), None
     columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
     splits, length = _split(rows, _BACKWARD["ROWS"], 4, _PROGRAMS // columns)
-    rank = 0 if inner_grad is None else inner_grad.shape[1]
     sums = grad.new_empty(splits, rank, dim, dtype=torch.float32) if rank else None
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner_grad, sums, rows, dim, length, out.stride(0), rank, _block(rank), **_BACKWARD
+        grad, gate_up, out, inner_grad, a, sums, rows, dim, length, out.stride(0), rank, _block(rank), **_BACKWARD
     )
     return None if sums is None else sums.sum(0)
 
 
 def pair_backward(
-    grad: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int]
+    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     rows, r = inner.shape
-    dim, block = grad.shape[1] // 2, _block(*ranks)
+    dim, block = len(b) // 2, _block(*ranks)
     strips = triton.cdiv(dim, _PAIR["COLUMNS"])
     splits, length = _split(rows, _PAIR["ROWS"], 8, _PROGRAMS // (4 * strips))
     # What a strip of columns adds to the gradient of `inner`, and a part of the rows to those of the Bs.
-    make = grad.new_empty if r == sum(ranks) else grad.new_zeros
+    make = wide.new_empty if r == sum(ranks) else wide.new_zeros
     inner_parts = make(strips, rows, r, dtype=torch.float32)
-    b_parts = grad.new_empty(splits, block, 2 * dim, dtype=torch.float32)
+    b_parts = wide.new_empty(splits, block, 2 * dim, dtype=torch.float32)
     _pair_backward[(2 * strips, splits)](
-        grad, inner, b, inner_parts, b_parts, grad.stride(0), rows, dim, length, r, *ranks, block, **_PAIR
+        wide, inner, b, inner_parts, b_parts, wide.stride(0), rows, dim, length, r, *ranks, block, **_PAIR
+    )
+    scaled, room = torch.empty_like(inner), wide.shape[1] - 2 * dim
+    _sum_beside[(triton.cdiv(rows * room, 256),)](
+        inner_parts, scale, wide, scaled, rows, strips, 2 * dim, wide.stride(0), r, room, 256, num_warps=4
     )
     first, second = b_parts.sum(0).chunk(2, dim=1)
-    return inner_parts.sum(0).to(grad.dtype), (first[: ranks[0]].T, second[: ranks[1]].T)
+    return scaled, (first[: ranks[0]].T, second[: ranks[1]].T)
 
 
 def rotate(
@@ -156,11 +187,15 @@ def _beside(
 
 
 @triton.jit
-def _place(matrix, out, rows, columns, first, width, size, scaling, BLOCK: tl.constexpr):
+def _place(a, b, stacked_a, stacked_b, a_size, a_room, b_room, rank, first, width, scaling, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = at // width, at % width - first
-    value = tl.load(matrix + row * columns + column, (row < rows) & (column >= 0) & (column < columns), 0.0)
-    tl.store(out + at, (value.to(tl.float32) * scaling).to(out.dtype.element_ty), at < size)
+    element = stacked_a.dtype.element_ty
+    if tl.program_id(1) == 0:
+        tl.store(stacked_a + at, tl.load(a + at, at < a_size, 0.0).to(element), at < a_room)
+    else:
+        row, column = at // width, at % width - first
+        value = tl.load(b + row * rank + column, (at < b_room) & (column >= 0) & (column < rank), 0.0)
+        tl.store(stacked_b + at, (value.to(tl.float32) * scaling).to(element), at < b_room)
 
 
 @triton.jit
@@ -248,11 +283,81 @@ def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _geglu_adapted(
+    gate_up,
+    out,
+    a,
+    parts,
+    stride,
+    out_stride,
+    rows,
+    dim,
+    strip,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: some rows, a strip of the columns. Matrix units are fastest with the wide tile on the right."""
+    local, rank = tl.arange(0, ROWS), tl.arange(0, R_BLOCK)[:, None]
+    first, begin = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * strip
+    inside = local < rows - first
+    gate_up += first * stride
+    out += first * out_stride
+    element = out.dtype.element_ty
+    total = tl.zeros((R_BLOCK, ROWS), tl.float32)
+    for start in range(begin, min(begin + strip, dim), COLUMNS):
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        there = inside[:, None] & (column < dim)
+        at = local[:, None] * stride + column
+        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
+        up = tl.load(gate_up + dim + at, there, 0.0).to(tl.float32)
+        gelu, _ = _gelu(gate)
+        activation = (gelu * up).to(element)
+        tl.store(out + local[:, None] * out_stride + column, activation, there)
+        total = tl.dot(tl.load(a + rank * dim + column, (rank < R) & (column < dim), 0.0), tl.trans(activation), total)
+    target = parts + (tl.program_id(1) * R + rank).to(tl.int64) * rows + first + local[None, :]
+    tl.store(target, total, inside[None, :] & (rank < R))
+
+
+@triton.jit
+def _sum_turned(parts, out, rows, n, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """(n, R, rows) to (rows, R)."""
+    row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R_BLOCK)
+    at = parts + rank[:, None].to(tl.int64) * rows + row[None, :]
+    there = (rank < R)[:, None] & (row < rows)[None, :]
+    total = tl.zeros((R_BLOCK, ROWS), tl.float32)
+    for _ in range(n):
+        total += tl.load(at, there, 0.0)
+        at += R * rows
+    target = out + row[:, None] * R + rank[None, :]
+    tl.store(target, tl.trans(total).to(out.dtype.element_ty), (row < rows)[:, None] & (rank < R)[None, :])
+
+
+@triton.jit
+def _sum_beside(
+    parts, scales, wide, scaled, rows, n, column, stride, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(n, rows, R) to `wide`, from `column` on, zeros behind; and, times each row's scale, to `scaled`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, rank = at // ROOM, at % ROOM
+    inside = (row < rows) & (rank < R)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(n):
+        total += tl.load(parts + (tl.cast(i, tl.int64) * rows + row) * R + rank, inside, 0.0)
+    tl.store(wide + row.to(tl.int64) * stride + column + rank, total.to(wide.dtype.element_ty), row < rows)
+    if scales is not None:
+        total *= tl.load(scales + row, row < rows, 0.0)
+    tl.store(scaled + row * R + rank, total.to(scaled.dtype.element_ty), inside)
+
+
+@triton.jit
 def _geglu_backward(
     grad,
     gate_up,
     out,
     inner_grad,
+    a,
     target,
     rows,
     dim,
@@ -275,6 +380,8 @@ def _geglu_backward(
     grad_at = local[:, None] * dim + column[None, :]
     out_at = local[:, None] * out_stride + column[None, :]
     inner_at = local[None, :] * R + rank
+    if a is not None:
+        right = tl.load(a + rank * dim + column[None, :], (rank < R) & inside, 0.0)
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
         first = tl.cast(start, tl.int64)
         left = rows - start
@@ -283,12 +390,15 @@ def _geglu_backward(
         gate = tl.load(tile + at, there, 0.0).to(tl.float32)
         up = tl.load(tile + dim + at, there, 0.0).to(tl.float32)
         slope = tl.load(grad + first * dim + grad_at, there, 0.0).to(tl.float32)
+        if R > 0:
+            inner = tl.load(inner_grad + first * R + inner_at, (local[None, :] < left) & (rank < R), 0.0)
+            if a is not None:
+                slope += tl.dot(tl.trans(inner), right)
         gelu, gelu_slope = _gelu(gate)
         tl.store(out_tile + out_at, (slope * up * gelu_slope).to(element), there)
         tl.store(out_tile + dim + out_at, (slope * gelu).to(element), there)
         if R > 0:
-            hidden = tl.load(inner_grad + first * R + inner_at, (local[None, :] < left) & (rank < R), 0.0)
-            total += tl.dot(hidden, (gelu * up).to(element))
+            total = tl.dot(inner, (gelu * up).to(element), total)
     if R > 0:
         tl.store(target + (split * R + rank).to(tl.int64) * dim + column[None, :], total, (rank < R) & inside)
 
