@@ -1,7 +1,11 @@
 """Which base fits which card: openpi's LoRA training step with the allocator capped at what a smaller card has.
 
-Needs a GPU, bitsandbytes (for nf4) and an openpi checkout on the path (its `src`); run as
-`python benchmarks/memory.py --help`. Every layer is computed again in the backward pass, SigLIP runs uncompiled.
+A model comes onto the GPU as openpi's script gets it from a base checkpoint: built without values, moved, and loaded
+one tensor at a time, with the cap in force from the start, so that what loading takes has to fit as well. Every layer
+is computed again in the backward pass, SigLIP runs uncompiled.
+
+Needs a GPU, bitsandbytes (for nf4), an openpi checkout on the path (its `src`), and 8 GB in the temporary folder; run
+as `python benchmarks/memory.py --help`.
 """
 
 from __future__ import annotations
@@ -10,14 +14,22 @@ import argparse
 import copy
 import gc
 import json
+import os
 import pathlib
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
 import torch
 import train
+from torch import Tensor
 
+import openpi_lora_patch
+from openpi_lora_patch.build import checkpoint_follows
+from openpi_lora_patch.checkpoint import files
+from openpi_lora_patch.checkpoint.streaming import load_model
 from openpi_lora_patch.lora import lora_layers
 
 CARDS = {"8 GB": 7.2, "12 GB": 10.8, "24 GB": 22.0}  # GiB that a process gets of each.
@@ -25,59 +37,165 @@ BASES = ("bf16", "nf4", "int8", "fp8")
 # What must fit.
 LEAST = {("8 GB", "nf4"): 1, ("12 GB", "nf4"): 4, ("12 GB", "int8"): 4, ("24 GB", "bf16"): 16}
 PARTS = ("fit", "time", "error")
-_LARGEST = 128
+_TIED = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"  # The `lm_head` is in the file.
+
+Row = dict[str, Any]
 
 
-def build(base: str, pi05: bool) -> Any:
-    """The same random weights whatever the base; adapters that are not zero."""
+def build(pi05: bool, suffix: str = "", **settings: Any) -> Any:
+    """A model of these variants on the CPU, as one is built where its weights follow."""
+    openpi_lora_patch.deactivate()
+    openpi_lora_patch.activate(allow_untested=True, checkpoint="layer", compile="0", **settings)
+    config = models.Config(pi05, paligemma_variant=f"gemma_2b{suffix}", action_expert_variant=f"gemma_300m{suffix}")
+    with checkpoint_follows():
+        return models.PI0Pytorch(config)
+
+
+def write(path: pathlib.Path, pi05: bool) -> None:
+    """A base checkpoint: random matrices that keep the scale of what they are given; norms and biases as built."""
+    state = {name: tensor for name, tensor in build(pi05).state_dict().items() if name != _TIED}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        torch.manual_seed(0)
+        for name, tensor in state.items():
+            if tensor.ndim > 1:
+                tensor = torch.randn(tensor.shape, dtype=tensor.dtype, device="cuda")
+                tensor.mul_(tensor[0].numel() ** -0.5)
+            yield name, tensor
+
+    files.write_tensors(path, {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}, values(), {})
+    release()
+
+
+def load(base: str, pi05: bool, weights: pathlib.Path) -> Any:
+    """As openpi's script does; then adapters that are not zero, the same whatever the base."""
     torch.manual_seed(0)
-    model = models.build("ours", pi05=pi05, base=base, checkpoint="layer", compile="0")
+    model = build(pi05, "_lora", base=base).to("cuda")
+    model.gradient_checkpointing_enable()
+    load_model(model, weights)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.01)
-    return model
+    return model.train()
+
+
+def release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def cap(gib: float | None) -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib * 2**30 / total)
 
 
-def fits(model: Any, size: int) -> dict[str, float] | None:
-    """A step after three others; None where they run out of memory."""
+def attempt(action: Callable[[], Any]) -> Any:
+    """What it returns; None where it runs out of memory."""
     try:
-        step = train.measure(model, size, 1)
-        row = {"batch": size, "ms": step["ms"], "peak GiB": step["peak GiB"]}
+        found = action()
     except torch.cuda.OutOfMemoryError:
-        row = None
-    # Not before the exception, which holds the step's tensors, is gone.
+        found = None
+    release()  # Not before the exception, which holds tensors, is gone.
+    return found
+
+
+def loaded(base: str, options: argparse.Namespace, row: Row) -> Any:
+    """A loaded model, and in `row` what it holds and what loading took; None where it runs out of memory."""
+    start = time.monotonic()
+    peak: list[int] = []
+
+    def action() -> Any:
+        model = load(base, options.model == "pi05", options.weights)
+        peak.extend((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+        return model
+
+    model = attempt(action)
+    if model is not None:
+        row["weights GiB"] = torch.cuda.memory_allocated() / 2**30
+        row["reserved GiB"] = torch.cuda.memory_reserved() / 2**30
+        row["loading, peak GiB"], row["loading, peak reserved GiB"] = (size / 2**30 for size in peak)
+        print(
+            f"{base:5} weights {row['weights GiB']:.2f} GiB (reserved {row['reserved GiB']:.2f}), "
+            f"while they were loaded {row['loading, peak GiB']:.2f} ({row['loading, peak reserved GiB']:.2f}); "
+            f"{time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+    return model
+
+
+def fits(model: Any, size: int) -> Row | None:
+    """The second step of a training; None where one of the two runs out of memory."""
+
+    def action() -> Row:
+        step = models.training_step(model, *models.batch(model, size))
+        step()  # Makes the optimizer's state.
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        ms, peak = 1000 * (time.perf_counter() - start), torch.cuda.max_memory_allocated() / 2**30
+        return {"batch": size, "ms": ms, "peak GiB": peak, "reserved GiB": torch.cuda.max_memory_reserved() / 2**30}
+
+    row = attempt(action)
     model.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     return row
 
 
-def largest(model: Any, least: int, until: float) -> dict[str, float] | None:
-    """The largest batch that fits, within an eighth: doubled, then bisected. `until`: when to stop looking."""
-    best = fits(model, least)
-    if best is None and least > 1:
-        best, least = fits(model, 1), 1
-    if best is None:
-        return None
-    low, high = int(best["batch"]), None
-    while low < _LARGEST and (high is None or high - low > max(1, low // 8)) and time.monotonic() < until:
-        size = 2 * low if high is None else (low + high) // 2
+def next_size(fitted: list[Row], failed: int | None, least: int, gib: float) -> int | None:
+    """The batch to try next; None where the largest is known within an eighth. Memory grows evenly with the batch."""
+    low = fitted[-1]["batch"] if fitted else 0
+    near = max(1, low // 8)
+    if failed is not None:
+        return (low + failed) // 2 if failed - low > near else None
+    if low < least:
+        return least
+    if len(fitted) < 2:
+        return 2 * low
+    one, two = fitted[-2:]
+    each = (two["peak GiB"] - one["peak GiB"]) / (two["batch"] - one["batch"])
+    return low + max(near, int((gib - two["peak GiB"]) / each) if each > 0 else low)
+
+
+def largest(model: Any, fitted: list[Row], least: int, gib: float, until: float) -> Row | None:
+    """The largest batch that fits; `least` is tried whatever the time, larger and smaller ones until `until`.
+
+    Args:
+        fitted: rows of batches that fit a smaller card, the largest last; what fits this one is added.
+    """
+    failed: int | None = None
+    while (size := next_size(fitted, failed, least, gib)) is not None:
+        if size != least and time.monotonic() > until:
+            break
         row = fits(model, size)
-        low, high, best = (low, size, best) if row is None else (size, high, row)
-    return best
+        if row is None:
+            failed = size
+        else:
+            fitted.append(row)
+    return fitted[-1] | {"search ended": size is None} if fitted else None
 
 
-def gradients(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(base: str, options: argparse.Namespace, row: Row, save: Callable[[], None], until: float) -> Any:
+    """Fill `row["fit"]`, card by card; returns the model, which the smallest card that holds it loaded, or None."""
+    model, fitted, row["fit"] = None, [], {}
+    for card, gib in CARDS.items():
+        cap(gib)
+        least = LEAST.get((card, base))
+        model = model or loaded(base, options, row)
+        found = None if model is None else largest(model, fitted, least or 1, gib, until)
+        row["fit"][card] = found and found | {"must": least}
+        print(f"{base:5} {card:>5}: {found or 'does not fit'}, must {least or '-'}", flush=True)
+        save()
+    cap(None)
+    return model
+
+
+def gradients(model: Any) -> tuple[Tensor, Tensor]:
     """The losses and all adapters' gradients of one batch that is always the same, on the CPU."""
     torch.manual_seed(1)
     observation, actions = models.batch(model, 2)
-    noise, moment = torch.randn_like(actions), torch.rand(2, device="cuda")
+    noise, moment = torch.randn_like(actions), torch.rand(2, device=actions.device)
     torch.manual_seed(2)  # The augmentation's.
     losses = model(observation, actions, noise, moment)
     losses.mean().backward()
@@ -87,71 +205,75 @@ def gradients(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return losses.detach().float().cpu(), torch.cat(parts).cpu()
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def run(base: str, options: argparse.Namespace, until: float, exact: Any) -> tuple[dict[str, Any], Any]:
-    """One base's row; `exact` is what a float32 base gives, made where it is None."""
-    pi05 = options.model == "pi05"
-    model = build(base, pi05)
-    gc.collect()
-    torch.cuda.empty_cache()
-    row: dict[str, Any] = {"base": base, "weights GiB": torch.cuda.memory_allocated() / 2**30}
-    print(f"{base:5} weights {row['weights GiB']:.2f} GiB", flush=True)
-    if "error" in options.only:
-        if exact is None and base == "bf16":
-            wide = copy.deepcopy(model).float()
-            exact = gradients(wide)
-            del wide
-        losses, grads = gradients(model)
-        if exact is not None:
-            row["error"] = {"losses": relative(losses, exact[0]), "adapter gradients": relative(grads, exact[1])}
-            print(f"{base:5} error {row['error']}", flush=True)
-    if "time" in options.only:
-        row["time"] = {}
-        for size in options.batches:
-            step = train.measure(model, size, options.steps)
-            row["time"][size] = {name: step[name] for name in ("ms", "fastest ms", "slowest ms", "peak GiB")}
-            print(f"{base:5} batch {size:3} {step['ms']:8.1f} ms {step['peak GiB']:6.2f} GiB", flush=True)
-    if "fit" in options.only:
-        row["fit"] = {}
-        for card, gib in CARDS.items():
-            cap(gib)
-            least = LEAST.get((card, base), 1)
-            found = largest(model, least, until)
-            row["fit"][card] = found and found | {"must": LEAST.get((card, base))}
-            print(f"{base:5} {card:>5}: {found}, must {LEAST.get((card, base), '-')}", flush=True)
-        cap(None)
-    return row, exact
+def step_times(model: Any, base: str, options: argparse.Namespace, plain: Row) -> Row:
+    """Milliseconds and peak by batch; `plain`, that of the bf16 base, is what they are divided by."""
+    times: Row = {}
+    for size in options.batches:
+        step = train.measure(model, size, options.steps)
+        times[size] = {name: step[name] for name in ("ms", "fastest ms", "slowest ms", "peak GiB")}
+        print(f"{base:5} batch {size:3} {step['ms']:8.1f} ms {step['peak GiB']:6.2f} GiB", flush=True)
+        if size in plain:
+            times[size]["against bf16"] = step["ms"] / plain[size]["ms"]
+            print(f"{base:5} batch {size:3} takes {times[size]['against bf16']:.3f} of bf16's time", flush=True)
+    return times
+
+
+def run(options: argparse.Namespace, rows: list[Row], save: Callable[[], None], until: Callable[[int], float]) -> None:
+    """All rows; `until` says when the search on the base of a number has to end."""
+    exact = None
+    for number, base in enumerate(options.bases):
+        row: Row = {"base": base}
+        rows.append(row)
+        model = fit(base, options, row, save, until(number)) if "fit" in options.only else None
+        model = model or loaded(base, options, row)
+        if "time" in options.only:
+            row["time"] = step_times(model, base, options, rows[0].get("time", {}))
+            save()
+        if "error" in options.only:
+            if base == "bf16":
+                exact = gradients(copy.deepcopy(model).float())
+                release()
+            if exact is not None:
+                errors = map(relative, gradients(model), exact)
+                row["error"] = dict(zip(("losses", "adapter gradients"), errors, strict=True))
+                print(f"{base:5} error {row['error']}", flush=True)
+        save()
+        model = None
+        release()
 
 
 def main() -> None:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=("pi0", "pi05"), default="pi0")
-    parser.add_argument("--bases", nargs="*", choices=BASES, default=BASES, help="bf16 first, if errors are asked for")
+    parser.add_argument("--bases", nargs="*", choices=BASES, default=BASES, help="bf16 first: others are held to it")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 32], help="whose step time is measured")
+    parser.add_argument("--batches", nargs="*", type=int, default=[32], help="whose step time is measured")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=3.5, help="no search for a larger batch after this")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the rows, after each")
+    parser.add_argument("--minutes", type=float, default=3.5, help="for the search, shared by the bases")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the rows, after each card and base")
     options = parser.parse_args()
-    until = time.monotonic() + 60 * options.minutes
-    rows: list[dict[str, Any]] = []
-    exact = None
-    for base in options.bases:
-        row, exact = run(base, options, until, exact)
-        plain = rows[0].get("time", {}) if rows else {}
-        for size, step in row.get("time", {}).items():
-            if size in plain:
-                step["against bf16"] = step["ms"] / plain[size]["ms"]
-                print(f"{base:5} batch {size:3} takes {step['against bf16']:.3f} of bf16's time", flush=True)
-        rows.append(row)
-        gc.collect()
-        torch.cuda.empty_cache()
+    rows: list[Row] = []
+    about = {
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "model": options.model,
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+    }
+
+    def save() -> None:
         if options.json is not None:
-            versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "model": options.model}
-            options.json.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+            options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        options.weights = pathlib.Path(folder, "model.safetensors")
+        write(options.weights, options.model == "pi05")
+        print(f"{options.model}: weights written, {time.monotonic() - start:.0f} s", flush=True)
+        run(options, rows, save, lambda number: start + 60 * options.minutes * (number + 1) / len(options.bases))
 
 
 if __name__ == "__main__":
