@@ -228,12 +228,8 @@ def run(options: argparse.Namespace, rows: list[Row], save: Callable[[], None], 
     for number, base in enumerate(options.bases):
         row: Row = {"base": base}
         rows.append(row)
-        model = fit(base, options, row, save, until(number)) if "fit" in options.only else None
-        model = model or loaded(base, options, row)
-        if "time" in options.only:
-            row["time"] = step_times(model, base, options, rows[0].get("time", {}))
-            save()
-        if "error" in options.only:
+        if "error" in options.only:  # Before any step changes the adapters.
+            model = loaded(base, options, row)
             if base == "bf16":
                 exact = gradients(copy.deepcopy(model).float())
                 release()
@@ -241,6 +237,12 @@ def run(options: argparse.Namespace, rows: list[Row], save: Callable[[], None], 
                 errors = map(relative, gradients(model), exact)
                 row["error"] = dict(zip(("losses", "adapter gradients"), errors, strict=True))
                 print(f"{base:5} error {row['error']}", flush=True)
+            model = None
+            save()
+        model = fit(base, options, row, save, until(number)) if "fit" in options.only else None
+        if "time" in options.only:
+            model = model or loaded(base, options, row)
+            row["time"] = step_times(model, base, options, rows[0].get("time", {}))
         save()
         model = None
         release()
