@@ -105,14 +105,13 @@ def main() -> None:
     ]
     wanted += [(f"default but {name} {value}", "ours", 3, {name: value}) for name, value in ALONE.items()]
     print(f"{'pi0.5' if options.pi05 else 'pi0'}, batch {options.batch}, {torch.cuda.get_device_name()}")
-    rows = [
-        run(name, how, options, cameras=cameras, **chosen)
-        for name, how, cameras, chosen in wanted
-        if options.only is None or name in options.only
-    ]
-    if options.json is not None:
-        versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "pi05": options.pi05}
-        options.json.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+    versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "pi05": options.pi05}
+    rows: list[dict[str, Any]] = []
+    for name, how, cameras, chosen in wanted:
+        if options.only is None or name in options.only:
+            rows.append(run(name, how, options, cameras=cameras, **chosen))
+            if options.json is not None:  # After each row: a run that is cut off loses none.
+                options.json.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A ti
 _PAIR = {"ROWS": 64, "COLUMNS": 512, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
-_NARROW = (
-    32  # Up to this rank GEGLU takes the adapter after it along; above, tiles outgrow smaller GPUs' shared memory.
-)
+_NARROW = 32  # Up to this rank GEGLU takes the adapter after it along; above, its tiles outgrow smaller GPUs.
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
