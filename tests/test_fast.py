@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,3 +222,55 @@ def test_a_forward_that_broke_off_leaves_nothing_to_the_next(monkeypatch):
     assert model.paligemma_with_expert.prefix.whole
     embed_prefix(model.eval(), [tokens], [here], tokens, torch.zeros_like(tokens, dtype=torch.bool))
     assert model.paligemma_with_expert.prefix is None
+
+
+class Gpu:
+    """What `torch.cuda` says of one, and tensors that lie on it."""
+
+    def __init__(self, monkeypatch, free, share=1.0):
+        self.free = free
+        answers = {"mem_get_info": (free, 2**40), "memory_reserved": 0, "memory_allocated": 0}
+        answers["get_per_process_memory_fraction"] = share
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer, raising=False)
+
+    def recomputed(self, model, inputs, **changes):
+        towers = model.paligemma_with_expert
+        models = (towers.paligemma.model.language_model, towers.gemma_expert.model)
+        embeds = [self.tensor(inputs[name]) for name in ("prefix_embs", "suffix_embs")]
+        chosen = dataclasses.replace(PLAIN, **{"checkpoint": "auto", "attention": "sdpa", "fused": True} | changes)
+        self.bytes = joint.layer_bytes(models, embeds, chosen)
+        self.gradients = sum(p.nbytes for part in models for p in part.parameters() if p.requires_grad)
+        self.layers = len(models[0].layers)
+        return joint._recomputed(models, embeds, chosen)
+
+    @staticmethod
+    def tensor(x):
+        facts = {"shape": x.shape, "numel": x.numel, "element_size": x.element_size}
+        return SimpleNamespace(**facts, device=torch.device("cuda"))
+
+
+def test_auto_recomputes_as_few_layers_as_fit_the_free_memory(monkeypatch):
+    model, inputs = adapted("pi0")
+    counts = []
+    for free in [*range(0, 40_000_000, 500_000), 2**40]:
+        gpu = Gpu(monkeypatch, free)
+        counts.append(gpu.recomputed(model, inputs))
+        kept, least, spare = gpu.bytes
+        for count, fits in ((counts[-1], counts[-1] < gpu.layers), (counts[-1] - 1, False)):
+            needed = (gpu.layers - count) * kept + count * least + spare + gpu.gradients
+            assert count < 0 or count == gpu.layers or (needed <= 0.9 * free) == fits
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("costly", ["fused off", "eager", "dora", "a tower that trains", "a small share"])
+def test_auto_recomputes_more_where_more_is_kept_or_less_may_be_used(monkeypatch, costly):
+    model, inputs = adapted("pi0", use_dora=costly == "dora")
+    if costly == "a tower that trains":
+        model.paligemma_with_expert.paligemma.requires_grad_(True)
+    plain = adapted("pi0")
+    free = next(f for f in range(0, 2**30, 100_000) if Gpu(monkeypatch, f).recomputed(*plain) == 0)
+    changes = {"fused off": {"fused": False}, "eager": {"attention": "eager"}}.get(costly, {})
+    gpu = Gpu(monkeypatch, free, share=0.5 * free / 2**40 if costly == "a small share" else 1.0)
+    assert gpu.recomputed(model, inputs, **changes) > 0

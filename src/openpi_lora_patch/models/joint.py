@@ -100,7 +100,7 @@ def forward(
     attention = _attention(models[0].layers[0].self_attn, embeds, mask, rotary, chosen, prefix)
     pairs = list(zip(*(model.layers for model in models), strict=True))
     prune = chosen.prune and towers.training
-    recomputed = _recomputed(models, embeds, chosen.checkpoint) if torch.is_grad_enabled() else 0
+    recomputed = _recomputed(models, embeds, chosen) if torch.is_grad_enabled() else 0
     hidden: list[Tensor | None] = list(embeds)
     for index, pair in enumerate(pairs):
         layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and index == len(pairs) - 1)
@@ -207,26 +207,48 @@ def _again(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False)
 
 
-def _recomputed(models: Sequence[Any], embeds: Sequence[Tensor], policy: str) -> int:
+def _recomputed(models: Sequence[Any], embeds: Sequence[Tensor], chosen: Plan) -> int:
     """How many layers, from the first on, are computed again in the backward pass."""
-    layers = len(models[0].layers)
-    device = embeds[0].device
-    if policy != "auto":
-        return {"none": 0, "layer": layers}[policy]
+    layers, device = len(models[0].layers), embeds[0].device
+    if chosen.checkpoint != "auto":
+        return {"none": 0, "layer": layers}[chosen.checkpoint]
     if device.type != "cuda":
         return layers
+    kept, least, spare = layer_bytes(models, embeds, chosen)
+    trained = (p for model in models for p in model.parameters() if p.requires_grad and p.grad is None)
+    room = 0.9 * _free(device) - spare - sum(p.nbytes for p in trained) - layers * least
+    return max(0, layers - max(0, int(room // (kept - least))))
+
+
+def layer_bytes(models: Sequence[Any], embeds: Sequence[Tensor], chosen: Plan) -> tuple[int, int, int]:
+    """What one layer of both towers keeps for the backward pass, at least and if nothing of it is computed again; and
+    what it needs for a moment."""
     kept, least, spare = 0, 0, 0
     for model, x in zip(models, embeds, strict=True):
         elements = x.numel() // x.shape[-1] * x.element_size()
         attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
         wide = 2 * mlp.gate_proj.out_features
         projected = attention.q_proj.out_features * 2 + attention.k_proj.out_features * 2
-        # DoRA's Linears run one by one, and keep about four times as much.
-        inside = elements * (4 if isinstance(mlp.gate_proj, DoRALinear) else 1)
+        inside = elements * _times(mlp.gate_proj, chosen)
         least += elements * 2 * x.shape[-1]
         kept += inside * (wide + projected + 2 * x.shape[-1])
         spare += inside * 2 * wide
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room = 0.9 * free - spare - layers * least
-    return max(0, layers - max(0, int(room // (kept - least))))
+    if chosen.attention == "eager":
+        tokens, heads = sum(x.shape[1] for x in embeds), models[0].config.num_attention_heads
+        kept += embeds[0].shape[0] * heads * tokens**2 * (2 * embeds[0].element_size() + 4)  # Scores, weights, float32.
+    return kept, least, spare
+
+
+def _times(linear: Any, chosen: Plan) -> int:
+    """How often a layer of such Linears keeps what one of the fused functions keeps."""
+    if isinstance(linear, DoRALinear):
+        return 4
+    return 1 if chosen.fused and kernels.fusable(linear) else 2
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of the GPU, and of this process's share of it, that are not in use."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)  # Not in every torch.
+    return int(min(free, share * total - held)) + held - torch.cuda.memory_allocated(device)
