@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
+from openpi_lora_patch import merge as command
 from openpi_lora_patch.checkpoint import adapters
 from openpi_lora_patch.checkpoint.merge import merge
 from openpi_lora_patch.checkpoint.training import load_adapters_through, save_adapters_only
@@ -189,19 +190,89 @@ def test_a_run_that_saves_adapters_only_resumes(name, tmp_path):
         assert torch.equal(one.weight, other.weight)
 
 
+@pytest.fixture
+def base(tmp_path):
+    """The small pi0's plain checkpoint, in full."""
+    state = adapted("pi0", torch.float32)[0].state_dict()
+    plain = {key.replace(".base_layer.", "."): t.clone() for key, t in state.items() if ".lora_" not in key}
+    tied = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    save_file({key: tensor for key, tensor in plain.items() if key != tied}, tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_merging_adds_to_the_base_that_was_trained_beside(name, tmp_path):
+def test_merging_adds_to_the_base_that_was_trained_beside(name, base, tmp_path):
     held, _, _ = pi0(name)
-    original, _ = adapted("pi0", torch.float32)
     adapters.save_adapter(held, tmp_path / "adapter")
-    base = {key.replace(".base_layer.", "."): t for key, t in original.state_dict().items() if ".lora_" not in key}
-    (tmp_path / "base").mkdir()
-    save_file({key: tensor.clone() for key, tensor in base.items()}, tmp_path / "base" / "model.safetensors")
-    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for key, layer in lora_layers(held).items():
         assert torch.equal(merged[f"{key}.weight"], layer.weight.float() + layer.delta_weight()), key
         assert 0 < report[key].drift < 2 * DRIFT[name]
+
+
+@pytest.mark.parametrize("trained_on", ["bf16", "the same"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_merged_for_a_quantised_base_is_that_base_bit_for_bit(name, trained_on, base, tmp_path):
+    model = adapted("pi0", torch.float32)[0] if trained_on == "bf16" else pi0(name)[0]
+    adapters.save_adapter(model, tmp_path / "adapter")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", dtype=torch.bfloat16, quantize=name)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    fresh, _, _ = pi0(name)
+    load_model(fresh, tmp_path / "out" / "model.safetensors")
+    for key, layer in lora_layers(fresh).items():
+        stored, own = merged[f"{key}.weight"], lora_layers(model)[key]
+        assert torch.equal(layer.weight, stored), key
+        weight, delta = own.weight.float(), own.delta_weight()
+        kept = ((stored.float() - weight) * delta).sum() / delta.square().sum()
+        lost = (stored.float() - weight - delta).norm() / (weight + delta).norm()
+        assert report[key].kept == pytest.approx(kept.item(), abs=1e-4)
+        assert report[key].requantized == pytest.approx(lost.item(), rel=1e-4)
+        assert 0 < report[key].requantized < DRIFT[name]
+        assert (report[key].drift == 0) == (trained_on == "bf16")
+
+    for layer in lora_layers(fresh).values():
+        layer.lora_B.data.zero_()
+    adapters.save_adapter(fresh, tmp_path / "nothing")
+    out = tmp_path / "out" / "model.safetensors"
+    again = merge(out, tmp_path / "nothing", tmp_path / "again", dtype=torch.bfloat16, quantize=name)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == out.read_bytes()
+    assert {(cost.drift, cost.requantized) for cost in again.values()} == {(0.0, 0.0)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_adapter_that_the_format_is_too_coarse_for_is_reported_as_lost(name, base, tmp_path):
+    model, _, _ = pi0(name)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.mul_(1e-6)
+    adapters.save_adapter(model, tmp_path / "adapter")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", dtype=torch.bfloat16, quantize=name)
+    assert all(abs(cost.kept) < 0.01 for cost in report.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_a_merge_for_a_quantised_base_is_stored_as_bfloat16_or_refused(dtype, tmp_path):
+    with pytest.raises(LoRAError, match="--dtype bfloat16"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=dtype, quantize="int8")
+
+
+def test_a_weight_that_is_no_whole_blocks_is_refused_and_nothing_is_written(tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    save_file({"a.weight": torch.ones(5, 7)}, tmp_path / "base" / "model.safetensors")
+    tensors = {
+        "base_model.model.a.lora_A.weight": torch.ones(1, 7),
+        "base_model.model.a.lora_B.weight": torch.ones(5, 1),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    adapters.write_adapter(adapters.Adapter(config, tensors, {}), tmp_path / "adapter")
+    arguments = [str(tmp_path / "base"), str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert command.main([*arguments, "--dtype", "bfloat16", "--quantize", "int8"]) == 1
+    assert "whole blocks" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert command.main([*arguments, "--quantize", "int8"]) == 1
+    assert "--dtype bfloat16" in capsys.readouterr().err
+    assert command.main([*arguments, "--dtype", "bfloat16"]) == 0
 
 
 @pytest.mark.parametrize("name", FORMATS)

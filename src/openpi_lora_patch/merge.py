@@ -15,6 +15,7 @@ import tqdm
 from . import activation
 from .checkpoint import merge
 from .errors import OpenpiLoraError
+from .lora.quantized import FORMATS
 
 _DTYPES = {"base": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,12 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
             options.adapter,
             options.out,
             dtype=_DTYPES[options.dtype],
+            quantize=options.quantize,
             check_base=not options.any_base,
             progress=lambda names: tqdm.tqdm(names, desc="merging", file=sys.stderr),
         )
-        print(f"{'linear':<84} {'worst error':>12} {'mean error':>12} {'kept':>7} {'drift':>7}")
+        print(f"{'linear':<84} {'worst error':>12} {'mean error':>12} {'kept':>7} {'drift':>7} {'requantized':>11}")
         for name, cost in report.items():
-            print(f"{name:<84} {cost.worst:12.3e} {cost.mean:12.3e} {cost.kept:7.4f} {cost.drift:7.4f}")
+            figures = (
+                f"{cost.worst:12.3e} {cost.mean:12.3e} {cost.kept:7.4f} {cost.drift:7.4f} {cost.requantized:11.4f}"
+            )
+            print(f"{name:<84} {figures}")
         if options.actions:
             _print_effect_on_actions(options)
     except (OpenpiLoraError, OSError) as error:
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", help="folder of the adapter")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", choices=_DTYPES, default="base", help="of the result; float32 keeps all of it")
+    parser.add_argument("--quantize", choices=FORMATS, default="", help="round to what such an OPENPI_LORA_BASE holds")
     parser.add_argument("--actions", action="store_true", help="also sample actions before and after rounding (16 GB)")
     parser.add_argument("--any-base", action="store_true", help="take a base that the adapter was not trained on")
     return parser

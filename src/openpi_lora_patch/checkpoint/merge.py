@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LoRAError
 from ..lora.config import LoRAConfig
 from ..lora.quantized import require, round_trip
 from . import adapters, files, peft
@@ -35,12 +35,14 @@ class Rounding:
         kept: how much of the adapter's change is in the stored weight, 1.0 being all: the change that is stored,
             projected on the change that was meant. NaN for an adapter that changes nothing.
         drift: norm of what the quantisation that the adapter was trained on changed, against the base weight's norm.
+        requantized: norm of what rounding to a format for another quantised base changed, against the merged weight's.
     """
 
     worst: float
     mean: float
     kept: float
     drift: float = 0.0
+    requantized: float = 0.0
 
 
 def merge(
@@ -49,6 +51,7 @@ def merge(
     out: files.Path,
     *,
     dtype: torch.dtype | None = None,
+    quantize: str = "",
     check_base: bool = True,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Rounding]:
@@ -62,6 +65,8 @@ def merge(
         adapter: folder of an adapter.
         out: a folder that is not there yet.
         dtype: of the floating-point tensors of the result; None for the base's own.
+        quantize: a format of `lora.quantized`, or "". What is merged is then rounded to what it holds, and stored as
+            bfloat16: a base in that format, made from the result, is the result bit for bit.
         check_base: refuse a base other than the one that the adapter was trained on, where the adapter names it.
         progress: wraps the names that are being worked through.
 
@@ -70,7 +75,10 @@ def merge(
 
     Raises:
         CheckpointError: files that cannot be read or do not fit, another base, `out` is there, no space.
+        LoRAError: `quantize` is no format that this machine makes, or comes with another dtype than bfloat16.
     """
+    if quantize:
+        _require_quantizable(quantize, dtype)
     taken = adapters.read_adapter(adapter)
     report: dict[str, Rounding] = {}
     with files.reading(files.weights_file(base)) as file:
@@ -78,7 +86,9 @@ def merge(
         merging.require_fit(check_base)
         specs = {name: (dtype or own if own.is_floating_point else own, shape) for name, own, shape in merging.specs()}
         with files.creating(pathlib.Path(out)) as temporary:
-            tensors = merging.tensors(progress(specs), {name: spec[0] for name, spec in specs.items()}, report)
+            tensors = merging.tensors(
+                progress(specs), {name: spec[0] for name, spec in specs.items()}, report, quantize
+            )
             files.write_tensors(temporary / "model.safetensors", specs, tensors, file.metadata() or {"format": "pt"})
             if (assets := pathlib.Path(adapter, "assets")).is_dir():
                 shutil.copytree(assets, temporary / "assets")
@@ -145,22 +155,46 @@ class Merging:
             )
 
     def tensors(
-        self, names: Iterable[str], dtypes: Mapping[str, torch.dtype], report: dict[str, Rounding]
+        self,
+        names: Iterable[str],
+        dtypes: Mapping[str, torch.dtype],
+        report: dict[str, Rounding],
+        quantize: str = "",
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors `names` in `dtypes`; what rounding cost is added to `report` on the way."""
+        """The tensors `names` in `dtypes`, see `merge`; what rounding cost is added to `report` on the way."""
         for name in names:
             linear = name.removesuffix(".weight")
             if linear in self.configs and name != linear:
                 plain = self.file.get_tensor(name)
                 weight = (round_trip(plain, self.quantization) if self.quantization else plain).float()
                 delta = self.adapter.delta(linear, weight)
-                stored = (weight + delta).to(dtypes[name])
-                drift = ((weight - plain.float()).norm() / plain.float().norm()).item()
-                report[linear] = dataclasses.replace(_rounding(weight, delta, stored), drift=drift)
+                merged = weight + delta
+                stored = (round_trip(merged, quantize) if quantize else merged).to(dtypes[name])
+                report[linear] = dataclasses.replace(
+                    _rounding(weight, delta, stored),
+                    drift=_distance(weight, plain),
+                    requantized=_distance(stored, merged) if quantize else 0.0,
+                )
                 yield name, stored
             else:
                 tensor = self.replaced[name] if name in self.replaced else self.file.get_tensor(name)
                 yield name, tensor.to(dtypes[name])
+
+
+def _require_quantizable(name: str, dtype: torch.dtype | None) -> None:
+    require(name)
+    if dtype is not torch.bfloat16:
+        raise LoRAError(
+            "What a quantised base computes with is bfloat16, and is stored as that.",
+            found=f"quantize={name!r} and dtype={dtype}",
+            expected="torch.bfloat16",
+            fix="add --dtype bfloat16",
+        )
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference, against that of `wanted`."""
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
 
 def _rounding(weight: Tensor, delta: Tensor, stored: Tensor) -> Rounding:

@@ -219,8 +219,7 @@ class QuantizedLinear(HeldLinear):
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
         super().__init__(linear)
-        if linear.weight.numel() % _BLOCK:
-            raise LoRAError("A quantised weight is whole blocks.", found=repr(linear), expected=f"of {_BLOCK} elements")
+        _require_blocks(linear.weight)
         self.name: str = name
         if linear.weight.is_meta:
             self.source, self.data, self.scale = torch.empty(3, 0, dtype=torch.uint8)
@@ -291,9 +290,21 @@ def quantize(layers: Iterable[Any], name: str) -> None:
 
 
 def round_trip(weight: Tensor, name: str) -> Tensor:
-    """What a base in the format `name` makes of a weight (out, in): bfloat16."""
+    """What a base in the format `name` makes of a weight (out, in): bfloat16.
+
+    Raises:
+        LoRAError: its elements are no multiple of 64.
+    """
+    _require_blocks(weight)
     held = FORMATS[name].quantize(weight.to(torch.bfloat16))
     return FORMATS[name].dequantize(held[0], held[1], (weight.shape[0], weight.shape[1]))
+
+
+def _require_blocks(weight: Tensor) -> None:
+    if weight.numel() % _BLOCK:
+        raise LoRAError(
+            "A quantised weight is whole blocks.", found=f"{tuple(weight.shape)}", expected=f"of {_BLOCK} elements"
+        )
 
 
 def stored_weight(linear: Any) -> Any:
