@@ -1,8 +1,10 @@
-"""Whether a quantised base trains as well: 300 steps of the small pi0 on each base, and how its losses end.
+"""Whether a quantised base trains as well: 300 steps of the small pi0 on each base, and the loss that they end with.
 
 openpi's flow-matching loss, with adapters and heads that train, on the reference data's observations and actions. For
-each seed every base has the same noise, times and first adapters; what is printed is the mean of the last 20 losses.
-Needs no GPU; nf4 needs bitsandbytes. Run as `python benchmarks/converge.py` from the repository's root.
+each seed every base has the same noise, times and first adapters. The final loss is that of 64 other draws of noise
+and times, the same for all, since with these a loss changes by more than with the base. What is no more than the
+difference between seeds on bf16 is noise. Needs no GPU; nf4 needs bitsandbytes. Run as
+`python benchmarks/converge.py` from the repository's root.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from typing import Any
 
 sys.path.insert(0, "tests")
 
@@ -22,8 +25,10 @@ from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.lora.quantized import FORMATS, quantize
 from openpi_lora_patch.reference import Reference
 
+_DRAWS = 64
 
-def losses(base: str, steps: int, seed: int) -> list[float]:
+
+def final_loss(base: str, steps: int, seed: int) -> float:
     data = Reference(golden.GOLDEN / "pi0_bfloat16.safetensors")
     model = data.pi0().train()
     torch.manual_seed(seed)
@@ -33,15 +38,17 @@ def losses(base: str, steps: int, seed: int) -> list[float]:
         quantize(lora_layers(model).values(), base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     observation, actions = data.observation(), data.inputs["actions"]
-    found = []
+
+    def loss(draw: int) -> Any:
+        torch.manual_seed(draw)
+        return model(observation, actions, torch.randn_like(actions), torch.rand(len(actions))).mean()
+
     for step in range(steps):
-        torch.manual_seed(seed * steps + step)
-        loss = model(observation, actions, torch.randn_like(actions), torch.rand(len(actions))).mean()
-        loss.backward()
+        loss(seed * steps + step).backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    with torch.no_grad():
+        return statistics.mean(loss(-draw).item() for draw in range(1, 1 + _DRAWS))
 
 
 def main() -> None:
@@ -52,13 +59,12 @@ def main() -> None:
     options = parser.parse_args()
     finals: dict[str, list[float]] = {}
     for base in ["bf16", *options.bases]:
-        finals[base] = [statistics.mean(losses(base, options.steps, seed)[-20:]) for seed in options.seeds]
-        ratios = [final / plain for final, plain in zip(finals[base], finals["bf16"], strict=True)]
-        each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        mean = statistics.mean(finals[base])
-        print(
-            f"{base:5} {mean:.4f}, {mean / statistics.mean(finals['bf16']):.4f} of bf16's; by seed {each}", flush=True
+        finals[base] = [final_loss(base, options.steps, seed) for seed in options.seeds]
+        plain, mean = statistics.mean(finals["bf16"]), statistics.mean(finals[base])
+        each = ", ".join(
+            f"{final:.4f} ({final / own:.4f})" for final, own in zip(finals[base], finals["bf16"], strict=True)
         )
+        print(f"{base:5} {mean:.4f}, {mean / plain:.4f} of bf16's; by seed {each}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from openpi_lora_patch import CheckpointError, FrozenParametersError, LoRAError
 from openpi_lora_patch.apply import Counts
 from openpi_lora_patch.checkpoint.adapters import load_adapter, save_adapter
 from openpi_lora_patch.checkpoint.merge import merge
-from openpi_lora_patch.lora import lora_layers
+from openpi_lora_patch.lora import lora_layers, quantized
+from openpi_lora_patch.lora.quantized import QuantizedLinear, round_trip
 from openpi_lora_patch.reference import Reference
 
 pytest.importorskip("lerobot", reason="lerobot is not installed")
@@ -292,15 +293,48 @@ def test_training_the_expert_only_contradicts_adapters_in_paligemma(full_precisi
         full_precision.Model(full_precision.config(**LORA, train_expert_only=True))
 
 
-def test_a_quantised_base_is_refused(full_precision):
-    openpi_lora_patch.deactivate()
-    try:
-        openpi_lora_patch.activate(base="int8")
-        with pytest.raises(LoRAError, match="no quantised base"):
-            full_precision.Model(full_precision.config(**LORA))
-    finally:
-        openpi_lora_patch.deactivate()
-        openpi_lora_patch.activate()
+def test_a_policy_trains_on_a_quantised_base_and_what_it_saves_is_a_plain_one(client, activated, tmp_path):
+    base = client.policy()
+    base.save_pretrained(tmp_path / "base")
+    activated(base="int8")
+    policy = client.Policy.from_pretrained(tmp_path / "base", config=client.config(**LORA)).train()
+    weights = base.state_dict()
+    for name, layer in lora_layers(policy).items():
+        assert isinstance(layer.base_layer, QuantizedLinear)
+        assert torch.equal(layer.weight, round_trip(weights[f"{name}.weight"], "int8")), name
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        torch.manual_seed(0)
+        loss, _ = policy.forward(client.batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    policy.eval().save_pretrained(tmp_path / "tuned")
+    expected = actions(client, policy)
+    config = PreTrainedConfig.from_pretrained(tmp_path / "tuned")
+    again = client.Policy.from_pretrained(tmp_path / "tuned", config=config).eval()
+    assert torch.equal(actions(client, again), expected)
+    save_adapter(policy, tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert report.keys() == lora_layers(policy).keys()
+    assert all(0 < cost.drift < 0.02 for cost in report.values())
+    activated()
+    plain = client.Policy.from_pretrained(tmp_path / "tuned", config=config).eval()
+    assert not any(isinstance(module, QuantizedLinear) for module in plain.modules())
+    # A quantised base has bfloat16 weights, by which lerobot decides what it computes in.
+    tolerance = 0 if client.config().dtype == "bfloat16" else 0.05
+    torch.testing.assert_close(actions(client, plain), expected, rtol=0, atol=tolerance)
+
+
+def test_a_base_that_cannot_be_is_refused_before_anything_is_built(full_precision, activated, monkeypatch):
+    activated(base="nf4")
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(full_precision.module, "GemmaForCausalLM", lambda *_: pytest.fail("built"))
+    with pytest.raises(LoRAError, match=r"openpi-lora-patch\[quant\]"):
+        full_precision.policy(**LORA)
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])

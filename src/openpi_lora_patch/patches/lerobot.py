@@ -22,6 +22,7 @@ from ..errors import CheckpointError, LoRAError
 from ..lora import LoRAConfig, as_jax, lora_layers
 from ..lora.config import ATTENTION, FFN
 from ..lora.freeze import check_frozen
+from ..lora.quantized import quantize, require
 from ..replace import replace
 from ..settings import Settings
 
@@ -78,10 +79,8 @@ def _without_suffix(original: Any) -> Any:
 def _building(original: Any, settings: Settings) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if settings.base != "bf16" and {config.paligemma_variant, config.action_expert_variant} & _VARIANTS.keys():
-            raise LoRAError(
-                "lerobot's models have no quantised base.", found=f"OPENPI_LORA_BASE={settings.base}", fix="unset it"
-            )
+        if settings.base != "bf16":
+            require(settings.base)
         # Up to 0.4.2 the config has no such switch.
         if config.paligemma_variant in _VARIANTS and getattr(config, "train_expert_only", False):
             raise LoRAError(
@@ -96,6 +95,8 @@ def _building(original: Any, settings: Settings) -> Any:
         }
         if any(adapters.values()):
             apply_lora(self, **adapters, preset=settings.freeze)
+            if settings.base != "bf16":
+                quantize(lora_layers(self).values(), settings.base)
 
     return __init__
 
