@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kills import kill_while_it_writes
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.checkpoint import adapters, files, training
 from openpi_lora_patch.errors import CheckpointError
@@ -225,9 +224,7 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
         if child == 0:
             save_for_ever(folder)
             os._exit(0)
-        time.sleep(generator.uniform(0.005, 0.06))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        kill_while_it_writes(child, folder, generator)
         for path in folder.iterdir():
             if path.name.startswith("."):
                 stopped_midway += 1

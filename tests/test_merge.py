@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from kills import kill_while_it_writes
 from openpi_lora_patch import merge as command
 from openpi_lora_patch.checkpoint import actions, adapters, peft
 from openpi_lora_patch.checkpoint import merge as merging
@@ -316,9 +316,7 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path):
         if child == 0:
             for number in itertools.count():
                 merging.merge(tmp_path / "base.safetensors", tmp_path / "adapter", folder / str(number))
-        time.sleep(generator.uniform(0.005, 0.06))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        kill_while_it_writes(child, folder, generator)
         for path in folder.iterdir():
             if path.name.startswith("."):
                 midway += 1
