@@ -154,6 +154,7 @@ class Process:
         self.active = False
         self.refusal = None  # Of the last attempt to activate.
         self.models = []  # Each with whether it was built converted.
+        self.finders = list(sys.meta_path)
 
     # The steps.
     def us(self):
@@ -226,7 +227,8 @@ class Process:
             assert ours is None or not ours.status().active
             assert not any(changed.values()), changed
             assert "transformers.models.siglip.check" not in sys.modules
-            assert not any(map(of_ours, map(type, sys.meta_path)))
+            # wrapt's own stays once wrapt is used: others that registered with it since would wait in vain.
+            assert [finder for finder in sys.meta_path if type(finder).__module__ != "wrapt.importer"] == self.finders
         if GEMMA in changed:
             binding = sys.modules.get(BINDING, sys.modules[GEMMA])
             assert binding.GemmaForCausalLM is self.cls() is sys.modules[GEMMA].GemmaForCausalLM

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import types
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -60,7 +61,7 @@ def test_no_pickle_is_run(tmp_path):
     mark = tmp_path / "mark"
     torch.save({"state": {}, "param_groups": [], "x": Harmful(mark)}, tmp_path / "optimizer.pt")
     torch.save({"global_step": 7, "config": Harmful(mark)}, tmp_path / "metadata.pt")
-    with pytest.raises(CheckpointError, match="running code"):
+    with pytest.raises(CheckpointError, match="read safely"):
         optimizer.load(tmp_path / "optimizer.pt", weights_only=False)
     assert optimizer.load(tmp_path / "metadata.pt", weights_only=False) == {}
     assert not mark.exists()
@@ -73,6 +74,27 @@ def test_openpis_own_optimizer_state_loads(tmp_path):
     torch.save(adamw.state_dict(), tmp_path / "optimizer.pt")
     found = optimizer.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=False)
     assert torch.equal(found["state"][1]["exp_avg"], adamw.state_dict()["state"][1]["exp_avg"])
+
+
+class Large:
+    def __reduce__(self):
+        return bytearray, (10**9,)
+
+
+def test_a_small_file_that_would_take_much_memory_is_refused(tmp_path):
+    """torch's own safe reading takes both."""
+    path = tmp_path / "optimizer.pt"
+    torch.save({"state": {}, "param_groups": [], "x": Large()}, path)
+    with pytest.raises(CheckpointError, match="it calls bytearray"):
+        optimizer.load(path)
+    torch.save({"state": {}, "param_groups": [], "x": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    (tmp_path / "packed").replace(path)
+    assert len(torch.load(path)["x"]) == 10**6
+    with pytest.raises(CheckpointError, match="unpacks to more"):
+        optimizer.load(path)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "metadata.pt"])

@@ -57,8 +57,9 @@ class Switcher:
         Raises:
             CheckpointError: no adapter of that name, or within such a block of the same thread; the one in force stays.
         """
-        if name not in self._values:
-            raise CheckpointError("There is no adapter of this name.", found=repr(name), expected=", ".join(self.names))
+        if not isinstance(name, str | None) or name not in self._values:  # A request may hold anything.
+            found, known = f"{name!r:.200}", ", ".join(self.names)
+            raise CheckpointError("There is no adapter of this name.", found=found, expected=known)
         with self._lock:
             if self._in_use:  # By another coroutine, say, which the lock does not keep out.
                 raise CheckpointError("An adapter is in force here already.", fix="leave its block first")

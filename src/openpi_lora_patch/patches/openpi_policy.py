@@ -53,7 +53,9 @@ def _refusing(original: Any) -> Any:
     def infer(self: Any, obs: dict[str, Any], **kwargs: Any) -> Any:
         if FIELD in obs and self._is_pytorch_model and lora_layers(self._model):
             raise CheckpointError(
-                "There is no adapter of this name.", found=repr(obs[FIELD]), fix="start it with OPENPI_LORA_ADAPTERS"
+                "There is no adapter of this name.",
+                found=f"{obs[FIELD]!r:.200}",
+                fix="start it with OPENPI_LORA_ADAPTERS",
             )
         return original(self, obs, **kwargs)
 
