@@ -38,10 +38,11 @@ def plain():
     return nn.ModuleDict({"one": one, "two": two, "head": nn.Linear(5, 3)}).requires_grad_(False)
 
 
-def adapted(seed=None):
+def adapted(seed=None, dora=False):
     """A model with every hook that openpi's has, where `OPENPI_LORA_SAVE=adapter`."""
     model = plain()
-    inject(model, {"q_proj": LoRAConfig(2, 4.0), "k_proj": LoRAConfig(2, 4.0), "up_proj": LoRAConfig(3, 3.0)})
+    attention, ffn = LoRAConfig(2, 4.0, use_dora=dora), LoRAConfig(3, 3.0, use_dora=dora)
+    inject(model, {"q_proj": attention, "k_proj": attention, "up_proj": ffn})
     model["head"].requires_grad_(True)
     layout.accept_base_checkpoints(model)
     training.load_adapters_through(model)
@@ -77,6 +78,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     model = adapted(seed=1)
     adapters.save_adapter(model, folder / "adapter")
+    adapters.save_adapter(adapted(seed=2, dora=True), folder / "dora")
     safetensors.torch.save_file(plain().state_dict(), folder / "base.safetensors")
     safetensors.torch.save_file(model.state_dict(), folder / "whole.safetensors")
     training.save_adapters_only(model)
@@ -93,13 +95,14 @@ def saved(tmp_path_factory):
 FILES = [
     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base.safetensors", "whole.safetensors",
     "training/model.safetensors", "training/optimizer.pt", "training/metadata.pt",
+    "dora/adapter_model.safetensors", "dora/adapter_config.json",
 ]  # fmt: skip
 
 
 def read_everything(folder, scratch):
     """Hand the files in `folder` to whatever reads them."""
-    for model in (plain(), adapted()):
-        for source in ("adapter", "training"):
+    for model in (plain(), adapted(), adapted(dora=True)):
+        for source in ("adapter", "dora", "training"):
             loads(model, lambda model=model, source=source: adapters.load_adapter(model, folder / source))
     model = adapted()
     loads(model, lambda: Switcher(model, {"a": folder / "adapter"}))
@@ -109,16 +112,17 @@ def read_everything(folder, scratch):
         model = adapted()
         if adapters.METADATA in tensors:
             loads(model, lambda: model.load_state_dict(tensors))
-    for source in ("adapter", "base.safetensors", "whole.safetensors", "training"):
+    for source in ("adapter", "dora", "base.safetensors", "whole.safetensors", "training"):
         assert inspect_command.main([str(folder / source)]) in (0, 1)
     for name in ("optimizer.pt", "metadata.pt"):
         with contextlib.suppress(CheckpointError):
             assert isinstance(optimizer.load(folder / "training" / name), dict)
     out = scratch / "merged"
-    with contextlib.suppress(CheckpointError):
-        merge.merge(folder / "base.safetensors", folder / "adapter", out)
-    assert {path.name for path in scratch.iterdir()} <= {"merged"}, "half a merge was left"
-    shutil.rmtree(out, ignore_errors=True)
+    for source in ("adapter", "dora"):
+        with contextlib.suppress(CheckpointError):
+            merge.merge(folder / "base.safetensors", folder / source, out)
+        assert {path.name for path in scratch.iterdir()} <= {"merged"}, "half a merge was left"
+        shutil.rmtree(out, ignore_errors=True)
     assert convert.main(["training", str(folder / "training"), "--out", str(out)]) in (0, 1)
     assert {path.name for path in scratch.iterdir()} <= {"merged"}
 
@@ -338,6 +342,16 @@ def test_adapters_without_name_or_folder_or_named_twice_are_refused(text):
 def test_adapters_to_choose_from_need_a_model_that_takes_them(saved):
     model = plain()
     assert not loads(model, lambda: Switcher(model, {"a": saved / "adapter"}))
+
+
+@given(name=VALUES | st.binary() | st.just("a"))
+def test_whatever_a_request_names_is_an_adapter_that_is_there_or_refused(saved, name):
+    switcher = Switcher(adapted(), {"a": saved / "adapter"})
+    try:
+        with switcher.using(name):
+            assert name in (None, "a")
+    except CheckpointError:
+        assert name not in (None, "a")
 
 
 TABLE = compat.TABLE.read_bytes()
