@@ -185,7 +185,7 @@ VALUES = st.recursive(
 @given(data=st.data())
 def test_any_value_in_a_config_is_refused_or_taken_whole(sandbox, data):
     sandbox.reset()
-    path = sandbox.files / "adapter" / adapters.CONFIG
+    path = sandbox.files / data.draw(st.sampled_from(["adapter", "dora"])) / adapters.CONFIG
     config = json.loads(path.read_text())
     for name in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=2)):
         config[name] = data.draw(VALUES)

@@ -13,8 +13,9 @@ from golden import GOLDEN
 from openpi_lora_patch import convert
 from openpi_lora_patch.checkpoint import adapters, jax, orbax
 from openpi_lora_patch.checkpoint.jax_export import export
-from openpi_lora_patch.errors import CheckpointError
+from openpi_lora_patch.errors import CheckpointError, OpenpiLoraError
 from openpi_lora_patch.lora import lora_layers
+from test_bad_input import damaged, many
 from test_jax_training import base_state, lora_model, part, with_params
 
 pytest.importorskip("tensorstore", reason="tensorstore is not installed")
@@ -30,12 +31,24 @@ def jax_params(kind):
 @pytest.fixture(params=["pi0", "pi05"])
 def saved(request, tmp_path):
     """JAX's parameters, and the same as a base and an adapter of ours."""
-    params = jax_params(request.param)
-    model = with_params(lora_model(request.param == "pi05"), params)
-    save_base(model, tmp_path / "base")
-    adapters.save_adapter(model, tmp_path / "adapter")
-    save_model(model, str(tmp_path / "whole.safetensors"))
-    return params, tmp_path
+    return write(request.param, tmp_path), tmp_path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The folder of the second alone, for pi0."""
+    folder = tmp_path_factory.mktemp("files")
+    write("pi0", folder)
+    return folder
+
+
+def write(kind, folder):
+    params = jax_params(kind)
+    model = with_params(lora_model(kind == "pi05"), params)
+    save_base(model, folder / "base")
+    adapters.save_adapter(model, folder / "adapter")
+    save_model(model, str(folder / "whole.safetensors"))
+    return params
 
 
 def save_base(model, folder):
@@ -177,6 +190,34 @@ def test_other_bases_and_layouts_are_errors(saved):
         with pytest.raises(CheckpointError, match=message):
             export(source, folder / "out", base=base, vision_heads=2)
     assert sorted(folder.iterdir()) == before
+
+
+SOURCES = {"adapter": "base", "whole.safetensors": None, "base": None}  # Each with the base that it needs.
+WRITTEN = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base/model.safetensors"]
+
+
+@many(30)
+@given(data=st.data())
+def test_what_is_damaged_is_written_for_jax_whole_or_not_at_all(files, tmp_path, data):
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    shutil.copytree(files, tmp_path / "in")
+    hurt = tmp_path / "in" / data.draw(st.sampled_from([*WRITTEN, "whole.safetensors"]))
+    content = hurt.read_bytes()
+    if data.draw(st.booleans()):  # Where the names and the shapes are.
+        end = min(len(content), 8 + int.from_bytes(content[:8], "little"))
+        content = damaged(content[:end], data) + content[end:]
+    else:
+        content = damaged(content, data)
+    hurt.write_bytes(content)
+    source, base = data.draw(st.sampled_from(sorted(SOURCES.items())))
+    try:
+        export(tmp_path / "in" / source, tmp_path / "out", base=base and tmp_path / "in" / base, vision_heads=2)
+    except OpenpiLoraError:
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    else:
+        assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+        assert read(tmp_path / "out")
 
 
 def test_no_space_and_no_permission(saved, monkeypatch):
