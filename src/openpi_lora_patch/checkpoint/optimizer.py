@@ -44,8 +44,8 @@ def load(path: files.Path, map_location: Any = "cpu", **_: Any) -> dict[str, Any
     all that it wants, from the folder's name.
 
     Raises:
-        CheckpointError: it cannot be read, holds more than tensors, numbers and text, or would take far more memory than
-            it has bytes.
+        CheckpointError: it cannot be read, holds more than tensors, numbers and text, or would take more memory than it
+            has bytes.
     """
     path = pathlib.Path(path)
     if not zipfile.is_zipfile(path):
@@ -60,7 +60,7 @@ def load(path: files.Path, map_location: Any = "cpu", **_: Any) -> dict[str, Any
 
 
 def _refuse_bombs(path: pathlib.Path) -> None:
-    """What torch takes for harmless: the call `bytearray(length)`, and records that are packed, which it never writes."""
+    """What torch takes for harmless: a call of `bytearray(length)`, and packed records, which it never writes."""
     with zipfile.ZipFile(path) as archive:
         if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
             raise ValueError("it unpacks to more bytes than it has")
