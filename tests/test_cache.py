@@ -6,7 +6,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from openpi_lora_patch.checkpoint import adapters, cache, files
@@ -14,6 +14,7 @@ from openpi_lora_patch.checkpoint.streaming import load_model
 from openpi_lora_patch.checkpoint.training import save_adapters_only
 from openpi_lora_patch.lora import lora_layers, quantized
 from openpi_lora_patch.lora.quantized import quantize
+from test_bad_input import many
 from test_fast import adapted
 from test_quantized import FORMATS
 
@@ -106,7 +107,7 @@ def test_what_was_made_from_something_else_is_made_anew_and_said(change, checkpo
     assert "is read from" in caplog.text
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@many(15)
 @given(data=st.data())
 def test_a_damaged_one_is_made_anew(data, checkpoint, caplog):
     cached = checkpoint.with_name(f"model.safetensors.{NAME}")
