@@ -1,8 +1,9 @@
-"""Run the tests of others with OPENPI_LORA=1 and without, and compare what became of each.
+r"""Run the tests of others with OPENPI_LORA=1 and without, and compare what became of each.
 
     python tests/others.py CHECKOUT tests/models/gemma tests/models/paligemma tests/models/siglip
     python tests/others.py CHECKOUT --as hf-internal-testing/tiny-random-Gemma3ForCausalLM \
-        tests/test_decoder_models.py -k Gemma3
+        tests/test_decoder_models.py tests/test_trainable_tokens.py tests/test_xlora.py tests/test_hub_features.py \
+        -k "Gemma3 or embed_scale or scaled_embedding or custom_peft_type"
 
 CHECKOUT is a checkout of transformers (or of PEFT) at the release that is installed, outside this project. What comes
 after the test files goes to pytest. With `--as`, a small random Gemma answers to that name of the model hub: PEFT's
