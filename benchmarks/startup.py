@@ -4,7 +4,7 @@
 
 Each start runs in a virtual environment of its own that holds nothing, this package, or an empty `.pth` file. The
 instructions are those of the whole process and need valgrind; hash seed and address layout are fixed, so they repeat to
-a few in a million. Milliseconds are the median of `--starts`, one way after the other.
+a few in a million. Milliseconds are the median of `--starts`, the ways by turns, in random order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import statistics
@@ -90,8 +91,10 @@ def instructions(commands: dict[str, tuple[list[str], dict[str, str]]]) -> dict[
 def milliseconds(commands: dict[str, tuple[list[str], dict[str, str]]], starts: int) -> dict[str, float]:
     """The median of each start's."""
     found: dict[str, list[float]] = {way: [] for way in commands}
+    draw = random.Random(0)
     for _ in range(starts):
-        for way, (command, variables) in commands.items():
+        for way in draw.sample(list(commands), len(commands)):  # What comes after the longest is slower.
+            command, variables = commands[way]
             began = time.perf_counter()
             run(command, variables)
             found[way].append(1000 * (time.perf_counter() - began))
