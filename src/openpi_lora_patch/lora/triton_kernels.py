@@ -13,7 +13,8 @@ from .pointwise import Whole
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
-_PAIR = {"ROWS": 64, "COLUMNS": 512, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
+_PAIR = {"ROWS": 64, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`,
+_PAIR_SUMS = 8192  # which is so many columns wide, divided by the rank.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
 _NARROW = 32  # Up to this rank GEGLU takes the adapter after it along; above, its tiles outgrow smaller GPUs.
@@ -103,15 +104,17 @@ def pair_backward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     rows, r = inner.shape
     dim, block = len(b) // 2, _block(*ranks)
-    strips = triton.cdiv(dim, _PAIR["COLUMNS"])
+    columns = max(_PAIR_SUMS // block, 16)
+    strips = triton.cdiv(dim, columns)
     splits, length = _split(rows, _PAIR["ROWS"], 8, _PROGRAMS // (4 * strips))
     # What a strip of columns adds to the gradient of `inner`, and a part of the rows to those of the Bs.
     make = wide.new_empty if r == sum(ranks) else wide.new_zeros
     inner_parts = make(strips, rows, r, dtype=torch.float32)
     b_parts = wide.new_empty(splits, block, 2 * dim, dtype=torch.float32)
     _pair_backward[(2 * strips, splits)](
-        wide, inner, b, inner_parts, b_parts, wide.stride(0), rows, dim, length, r, *ranks, block, **_PAIR
-    )
+        wide, inner, b, inner_parts, b_parts, wide.stride(0), rows, dim, length, r, *ranks, block,
+        COLUMNS=columns, **_PAIR,
+    )  # fmt: skip
     scaled, room = torch.empty_like(inner), wide.shape[1] - 2 * dim
     _sum_beside[(triton.cdiv(rows * room, 256),)](
         inner_parts, scale, wide, scaled, rows, strips, 2 * dim, wide.stride(0), r, room, 256, num_warps=4

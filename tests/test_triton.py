@@ -1,0 +1,161 @@
+"""The Triton kernels without a GPU: they compile for each kind that is given them, within its shared memory,
+and in Triton's interpreter they compute what plain torch does."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton (pip install triton)", allow_module_level=True)
+
+# Compute capability, and KiB of shared memory that a block may have.
+TARGETS = {"A100": (80, 163), "RTX 3090": (86, 99), "RTX 4090": (89, 99), "H100": (90, 227), "RTX 5090": (120, 99)}
+ROWS, BFLOAT16 = 64, torch.bfloat16
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Have kernels compiled where they would be launched: (name, bytes of shared memory) of each, for `target`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    found = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.__name__, kernel.metadata.shared))
+
+    def for_target(capability):
+        target = GPUTarget("cuda", capability, 32)
+        answers = {"get_current_device": capability, "get_current_stream": 0, "get_current_target": target}
+        gpu = SimpleNamespace(**{name: lambda *_, answer=answer: answer for name, answer in answers.items()})
+        monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+        return found
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    return for_target
+
+
+def call_all(kernels, width, dim, rank):
+    """Every function of `lora.triton_kernels`, at the sizes of one layer's MLP and attention, with one rank for all."""
+
+    def make(*shape, dtype=BFLOAT16):
+        return torch.zeros(shape, dtype=dtype)
+
+    r = -(-rank // 16) * 16
+    both = -(-2 * rank // 16) * 16
+    x, gate_up, wide = make(ROWS, width), make(ROWS, 2 * dim), make(ROWS, 2 * dim + -(-both // 64) * 64)
+    kernels.place(make(rank, width, dtype=torch.float32), make(dim, rank, dtype=torch.float32), 1.0, x, make(dim, r), 0)
+    kernels.beside(x, make(ROWS, r), make(ROWS, width + -(-r // 64) * 64), width)
+    scale = kernels.rms_norm(x, make(width), 1e-6, make(ROWS, width))
+    kernels.rms_norm_backward(x, x, make(width), scale, x, make(ROWS, width))
+    kernels.add_low_rank(x, x, make(ROWS, r), make(width, r), make(ROWS, width))
+    for a, inner in ((make(r, dim), make(ROWS, r)), (None, None)):
+        kernels.geglu(gate_up, make(ROWS, dim), a)
+        kernels.geglu_backward(make(ROWS, dim), gate_up, inner, a, wide[:, : 2 * dim])
+    kernels.pair_backward(wide, make(ROWS, both), make(2 * dim, both), (rank, rank), scale)
+    heads = tuple(make(1, ROWS, n, 256) for n in (8, 1, 1))
+    angle = make(1, ROWS, 256)
+    kernels.rotate(make(1, ROWS, 10, 256), angle, angle, heads, 0, 0, False)
+
+
+@pytest.mark.parametrize("rank", [32, 256])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_kernels_fit_every_gpu_that_is_given_them(compiled, gpu, rank):
+    from openpi_lora_patch.lora import triton_kernels
+
+    capability, limit = TARGETS[gpu]
+    found = compiled(capability)
+    call_all(triton_kernels, 2048, 16384, rank)
+    assert {name for name, _ in found} >= {"_pair_backward", "_geglu_backward", "_add_low_rank", "_rms_norm", "_rotate"}
+    assert not [(name, shared) for name, shared in found if shared > limit * 1024]
+
+
+def test_attention_fits_the_gpus_that_are_given_it(compiled):
+    from openpi_lora_patch.models import triton_attention
+
+    found = compiled(TARGETS["H100"][0])
+    query, key = torch.zeros(1, 8 * ROWS, 256, dtype=BFLOAT16), torch.zeros(1, 2 * ROWS, 256, dtype=BFLOAT16)
+    for there in (None, torch.ones(1, 2 * ROWS, dtype=torch.bool)):
+        out, level = triton_attention.forward(query, key, key, there, 1.0)
+        triton_attention.backward(query, query, key, key, there, 1.0, out, level)
+    assert {name for name, _ in found} == {"_forward", "_row_products", "_slopes"}
+    assert max(shared for _, shared in found) <= 200 * 1024  # What `shared_attention.fits` asks for.
+
+
+@pytest.mark.skipif(
+    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4), reason="Triton's interpreter needs an older NumPy"
+)
+def test_the_interpreter_computes_what_plain_torch_does():
+    done = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compared", "33"]
+
+
+def compare(rows, dim, rank, ranks):
+    """Each of `triton_kernels` beside that of `pointwise`; float16, as the interpreter has no products in bfloat16."""
+    from openpi_lora_patch.lora import pointwise, triton_kernels
+
+    def make(*shape, std=1.0, dtype=torch.float16):
+        return (torch.randn(shape) * std).to(dtype)
+
+    def room(*shape):
+        return torch.full(shape, 7.0, dtype=torch.float16)
+
+    both = -(-sum(ranks) // 16) * 16
+    b = torch.zeros(2 * dim, both, dtype=torch.float16)
+    b[:dim, : ranks[0]], b[dim:, ranks[0] : sum(ranks)] = make(dim, ranks[0], std=0.1), make(dim, ranks[1], std=0.1)
+    inner = make(rows, both)
+    inner[:, sum(ranks) :] = 0
+    gate_up, a, grad, hidden = make(rows, 2 * dim), make(rank, dim, std=0.1), make(rows, dim), make(rows, rank)
+    weight, scale, wide = torch.randn(dim), torch.rand(rows, 1), make(rows, 2 * dim + 64)
+    adapter = torch.randn(ranks[0], dim), torch.randn(dim, ranks[0])
+    packed, angle = make(2, 5, 6, 8), torch.randn(2, 7, 4).repeat(1, 1, 2)
+
+    def results(module):
+        out = [room(rows, dim + 64) for _ in range(5)]
+        yield module.geglu(gate_up, out[0][:, :dim], a), out[0]
+        yield module.geglu(gate_up, out[1][:, :dim], None), out[1]
+        for of, matrix in ((hidden, a), (None, None)):
+            target = room(rows, 2 * dim + 64)
+            yield module.geglu_backward(grad, gate_up, of, matrix, target[:, : 2 * dim]), target
+        for factor in (scale, None):
+            filled = wide.clone()
+            scaled, pair = module.pair_backward(filled, inner, b, ranks, factor)
+            yield scaled, filled, *pair
+        stacks = room(ranks[0] + 3, dim), room(dim, 32)
+        module.place(*adapter, 0.5, *stacks, 3)
+        yield stacks
+        norm = module.rms_norm(grad, weight, 1e-6, out[2][:, :dim])
+        yield norm, out[2]
+        for added in (grad, None):
+            module.rms_norm_backward(grad, wide[:, :dim], weight, norm, added, out[3][:, :dim])
+            yield (out[3].clone(),)
+        heads = tuple(torch.zeros(2, 7, n, 8, dtype=torch.float16) for n in (4, 1, 1))
+        turn = (packed, angle.cos().half(), angle.sin().half(), heads, 2, 2)
+        module.rotate(*turn, *([False] if module is triton_kernels else []))
+        yield heads
+
+    count = 0
+    for found, expected in zip(results(triton_kernels), results(pointwise), strict=True):
+        for x, y in zip(found, expected, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert ((x.double() - y.double()).norm() <= 1e-3 * y.double().norm()).item()
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sizes = ((70, 192, 16, (16, 16)), (33, 136, 16, (4, 7)), (40, 128, 48, (20, 28)))
+    print("compared", sum(compare(*each) for each in sizes))
