@@ -19,8 +19,15 @@ Whole = tuple[Tensor, Tensor, Tensor]
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; torch brings it for NVIDIA GPUs on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a Triton that compiles our kernels: 3.2, which comes with torch 2.6, or newer.
+
+    3.1 ends the process with a segmentation fault in one of them, for an H100.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 2)
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor) -> None:
