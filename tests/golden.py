@@ -26,9 +26,14 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     if expected.dtype == torch.bfloat16:
-        if not torch.cpu._is_avx512_bf16_supported():
+        if not _has_kernels():
             pytest.skip("bfloat16 is compared bit for bit, which needs a processor with AVX512-BF16")
         assert torch.equal(found, expected)
     else:
         DISTANCES.append(distance(found, expected))
         assert DISTANCES[-1] <= TOLERANCE
+
+
+def _has_kernels() -> bool:
+    # torch 2.4 cannot be asked; its outputs are compared all the same.
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()

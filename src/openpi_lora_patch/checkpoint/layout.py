@@ -30,7 +30,7 @@ def accept_base_checkpoints(model: nn.Module) -> None:
 
     A tensor of another shape than the model's makes the load raise `CheckpointError` before anything is copied.
     """
-    model.register_load_state_dict_pre_hook(_before_load)
+    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
     model.register_load_state_dict_post_hook(_after_load)
 
 

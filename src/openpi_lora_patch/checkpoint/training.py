@@ -29,13 +29,13 @@ def load_adapters_through(model: nn.Module, base: str = "") -> None:
         model: one with adapters.
         base: checkpoint (`model.safetensors` or its folder) that the adapters go onto; empty for the model's weights.
     """
-    model.register_load_state_dict_pre_hook(_Loader(base))
+    model._register_load_state_dict_pre_hook(_Loader(base), with_module=True)
 
 
 def save_adapters_only(model: nn.Module) -> None:
     """Have `model.state_dict()` hold the adapters and whatever else trains, and nothing of the frozen base."""
     model._register_state_dict_hook(_only_adapters)
-    model.register_load_state_dict_pre_hook(_with_tied_names)
+    model._register_load_state_dict_pre_hook(_with_tied_names, with_module=True)
 
 
 @contextlib.contextmanager
@@ -44,7 +44,8 @@ def whole(model: nn.Module) -> Iterator[None]:
 
     torch copies what fits before it says what is missing. `CheckpointError` comes first, as for a wrong shape.
     """
-    handle = model.register_load_state_dict_pre_hook(_refuse_part)  # After those that rename what a file holds.
+    # After those that rename what a file holds.
+    handle = model._register_load_state_dict_pre_hook(_refuse_part, with_module=True)
     try:
         yield
     finally:
