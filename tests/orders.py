@@ -227,8 +227,10 @@ class Process:
             assert ours is None or not ours.status().active
             assert not any(changed.values()), changed
             assert "transformers.models.siglip.check" not in sys.modules
-            # wrapt's own stays once wrapt is used: others that registered with it since would wait in vain.
-            assert [finder for finder in sys.meta_path if type(finder).__module__ != "wrapt.importer"] == self.finders
+            # wrapt's own stays once wrapt is used: others that registered with it since would wait in vain. The other
+            # is transformers', from 5.23.0 on.
+            theirs = ("wrapt.importer", "transformers.utils.import_utils")
+            assert [finder for finder in sys.meta_path if type(finder).__module__ not in theirs] == self.finders
         if GEMMA in changed:
             binding = sys.modules.get(BINDING, sys.modules[GEMMA])
             assert binding.GemmaForCausalLM is self.cls() is sys.modules[GEMMA].GemmaForCausalLM
