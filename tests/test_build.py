@@ -1,13 +1,20 @@
 """Building without random numbers: none are drawn, constants are set, and a strict load gives what it always gives."""
 
+import contextlib
+import types
+
+import pytest
+import safetensors
 import torch
 from torch import nn
 
 from golden import GOLDEN
 from openpi_lora_patch import build
 from openpi_lora_patch.build import checkpoint_follows, complete, initialising
+from openpi_lora_patch.patches import openpi_model
 from openpi_lora_patch.pi0 import PI0
 from openpi_lora_patch.reference import Reference
+from openpi_lora_patch.settings import Settings
 
 
 def test_a_model_that_a_checkpoint_follows_is_built_without_random_numbers_and_loads_the_same(monkeypatch):
@@ -46,3 +53,17 @@ def test_constants_are_set_and_other_models_are_initialised():
     with checkpoint_follows():
         torch.manual_seed(0)
         assert torch.equal(nn.Linear(8, 8).weight, expected), "not while something else is built"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_setting_has_models_initialised_all_the_same_and_still_loaded_by_the_tensor(skip):
+    class BaseModelConfig:
+        def load_pytorch(self):
+            return build.follows()
+
+    module = types.SimpleNamespace(BaseModelConfig=BaseModelConfig, safetensors=safetensors)
+    with contextlib.ExitStack() as undo:
+        openpi_model.patch(module, Settings(skip_init=skip), undo)
+        assert BaseModelConfig().load_pytorch() is skip
+        assert module.safetensors is not safetensors
+    assert not BaseModelConfig().load_pytorch()

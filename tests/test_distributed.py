@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from golden import GOLDEN
 from openpi_lora_patch.apply import apply_lora
 from openpi_lora_patch.checkpoint.adapters import load_adapter, save_adapter
 from openpi_lora_patch.distributed import _unread, shard, whole
+from openpi_lora_patch.errors import LoRAError
 from openpi_lora_patch.lora import LoRAConfig, lora_layers
 from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.models import joint
@@ -25,7 +27,7 @@ from openpi_lora_patch.reference import Reference
 
 # bfloat16 is the base's dtype in a real run, beside float32 adapters.
 KINDS = ("pi0_float32", "pi05_bfloat16")
-ENGINES = ("ddp", "fsdp")
+ENGINES = ("ddp", "fsdp") if hasattr(fsdp, "fully_shard") else ("ddp",)  # FSDP2 came with torch 2.6.
 PLAN = joint.Plan(attention="sdpa", fused=True, trim=False, prune=True, compile=False, checkpoint="layer")
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -144,6 +146,12 @@ def count_and_reduce(sent, bucket):
     return dist.all_reduce(mean, async_op=True).get_future().then(lambda future: future.value()[0])
 
 
+def test_a_torch_without_fsdp2_is_refused_by_name(monkeypatch):
+    monkeypatch.delattr(fsdp, "fully_shard", raising=False)
+    with pytest.raises(LoRAError, match="FSDP2"):
+        shard(torch.nn.Linear(2, 2))
+
+
 def sample_of(rank):
     return slice(rank % 2, rank % 2 + 1)
 
@@ -214,6 +222,7 @@ def test_ddp_sends_the_gradients_of_what_trains_once_and_nothing_else(kind, toge
     assert torch.load(together / f"{kind}-ddp.pt")["sent"] == 4 * trained
 
 
+@pytest.mark.skipif("fsdp" not in ENGINES, reason="this torch has no FSDP2")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp_reduces_the_gradients_of_what_trains_once_and_nothing_else(kind, world, together):
     model = Run(kind).model

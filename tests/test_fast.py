@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import golden
 from openpi_lora_patch.apply import apply_lora
-from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers
+from openpi_lora_patch.lora import LoRAConfig, freeze, lora_layers, pointwise
 from openpi_lora_patch.lora.config import ATTENTION, FFN
 from openpi_lora_patch.models import joint, vision
 from openpi_lora_patch.models.attention import Prefix
@@ -182,6 +182,42 @@ def test_attention_to_shared_keys_in_float64(masked):
     pairs = zip(*((x, *torch.autograd.grad(x, inputs, grad)) for x in (found, expected)), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "asked", "attention", "fused"),
+    [
+        (None, True, "auto", "eager", False),
+        (None, True, "triton", "triton", False),
+        ((7, 5), False, "auto", "eager", False),
+        ((8, 9), True, "auto", "sdpa", True),
+        ((8, 9), True, "triton", "sdpa", True),
+        ((9, 0), True, "auto", "triton", True),
+        ((9, 0), True, "eager", "eager", True),
+        ((9, 0), False, "auto", "sdpa", False),
+        ((9, 0), False, "triton", "sdpa", False),
+    ],
+)
+def test_what_a_gpu_lacks_is_done_without_and_said(monkeypatch, caplog, capability, triton, asked, attention, fused):
+    properties = SimpleNamespace(shared_memory_per_block_optin=(227 if capability == (9, 0) else 99) * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(pointwise, "has_triton", lambda: triton)
+    with caplog.at_level("INFO", logger="openpi_lora_patch"):
+        chosen = joint.plan.__wrapped__(Settings(attention=asked), torch.device("cuda" if capability else "cpu"))
+    assert (chosen.attention, chosen.fused, chosen.compile) == (attention, fused, fused)
+    assert chosen.trim == bool(capability and capability >= (8, 0))
+    assert [f"attention='{attention}', fused={fused}" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which Triton may run")
+def test_triton_that_does_not_run_is_said_once_and_done_without(caplog):
+    pointwise.has_triton.cache_clear()
+    assert not pointwise.has_triton()
+    assert not pointwise.has_triton()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "plain torch does its part" in caplog.text
+    assert not pointwise._by_triton(SimpleNamespace(is_cuda=True))
 
 
 def test_a_trained_model_can_be_copied():

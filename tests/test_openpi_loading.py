@@ -178,3 +178,17 @@ def test_a_strict_load_that_lacks_a_tensor_or_has_one_too_many_changes_nothing(m
     model.load_state_dict(other)
     assert torch.equal(model.action_out_proj.bias, other["action_out_proj.bias"])
     assert model.load_state_dict(some, strict=False).missing_keys == ["action_out_proj.bias"]
+
+
+@pytest.mark.parametrize(("setting", "ours"), [("1", True), ("0", False)])
+def test_a_setting_leaves_its_scripts_initialisation_alone(setting, ours):
+    code = """
+import openpi_lora_patch
+import openpi.training.config as training
+before = training.cli
+openpi_lora_patch.deactivate()
+print(training.cli is not before)
+"""
+    environ = os.environ | {"OPENPI_LORA_SKIP_INIT": setting}
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    assert result.stdout == f"{ours}\n", result.stderr

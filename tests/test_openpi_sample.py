@@ -103,3 +103,16 @@ def test_one_graph_with_merged_adapters_and_other_image_sizes():
     for layer in lora_layers(model).values():
         layer.merge()
     assert_one_graph(model, [contextlib.nullcontext()] * 2, size=96)
+
+
+@pytest.mark.parametrize(("setting", "ours"), [("auto", True), ("1", True), ("0", False)])
+def test_a_setting_leaves_openpis_function_alone(child, setting, ours):
+    code = """
+import openpi_lora_patch
+from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+before = PI0Pytorch.sample_actions
+openpi_lora_patch.deactivate()
+print(PI0Pytorch.sample_actions is not before)
+"""
+    result = child("-c", code, OPENPI_LORA_COMPILE=setting)
+    assert result.stdout == f"{ours}\n", result.stderr

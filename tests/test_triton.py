@@ -18,7 +18,8 @@ import triton
 
 from openpi_lora_patch.lora import pointwise
 
-if not pointwise.has_triton():
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+if VERSION < pointwise.OLDEST_TRITON:
     pytest.skip(f"Triton {triton.__version__} is not used, as it is older than 3.2", allow_module_level=True)
 
 # Compute capability, and KiB of shared memory that a block may have.
@@ -79,7 +80,7 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, gpu, rank):
     from openpi_lora_patch.lora import triton_kernels
 
     capability, limit = TARGETS[gpu]
-    if capability == 120 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    if capability == 120 and VERSION < (3, 3):
         pytest.skip("Triton before 3.3 does not know this GPU")
     found = compiled(capability)
     call_all(triton_kernels, 2048, 16384, rank)

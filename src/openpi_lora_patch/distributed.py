@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import LoRAError
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -29,10 +31,13 @@ def shard(model: Any, mesh: DeviceMesh | None = None) -> None:
         mesh: one-dimensional; all processes where absent.
 
     Raises:
+        LoRAError: torch is older than 2.6, which brought FSDP2.
         AssertionError: torch's, where what trains is not of one dtype, as in a tower without adapters in bfloat16.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
+    try:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    except ImportError:
+        raise LoRAError("FSDP2 is not in this torch.", found=torch.__version__, expected="2.6 or newer") from None
     group = None if mesh is None else mesh.get_group()
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)

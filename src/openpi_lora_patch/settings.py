@@ -59,7 +59,9 @@ class Settings:
         fused: Linears and MLPs with adapters as one function each (`OPENPI_LORA_FUSED`).
         trim: leave out cameras and prompt padding that are masked in the whole batch (`OPENPI_LORA_TRIM`).
         prune: leave out the part of the last prefix layer that nothing reads (`OPENPI_LORA_PRUNE`).
-        compile: a frozen vision tower by `torch.compile` (`OPENPI_LORA_COMPILE`).
+        compile: a frozen vision tower by `torch.compile`, and one graph for openpi's own of `sample_actions`
+            (`OPENPI_LORA_COMPILE`).
+        skip_init: build without random numbers where a checkpoint follows (`OPENPI_LORA_SKIP_INIT`).
         checkpoint: compute layers again in the backward pass: none, every layer, or auto, as few as the memory that is
             free allows (`OPENPI_LORA_CHECKPOINT`).
         save: what openpi's `train_pytorch.py` saves: the whole model, or the adapter and whatever else trains
@@ -85,6 +87,7 @@ class Settings:
     trim: str = "auto"
     prune: bool = True
     compile: str = "auto"
+    skip_init: bool = True
     checkpoint: str = "auto"
     save: str = "model"
     base: str = "bf16"
@@ -105,6 +108,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "trim": _choice("auto", "0", "1"),
     "prune": (_boolean, "0 or 1"),
     "compile": _choice("auto", "0", "1"),
+    "skip_init": (_boolean, "0 or 1"),
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),
     "base": _choice("bf16", "int8", "nf4", "fp8"),

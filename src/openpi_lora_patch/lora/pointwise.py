@@ -7,27 +7,35 @@ Arithmetic is in float32 (in plain torch, at least), with one rounding at the en
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger("openpi_lora_patch")
+
 Whole = tuple[Tensor, Tensor, Tensor]
+
+# Of torch 2.6. The compiler of 3.1 dies of one of our kernels, for an H100.
+OLDEST_TRITON = (3, 2)
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether there is a Triton that compiles our kernels: 3.2, which comes with torch 2.6, or newer.
+    """Whether a Triton that our kernels are for runs on the GPU, found by trying; if not, one log line says why."""
+    try:
+        import triton
 
-    3.1 ends the process with a segmentation fault in one of them, for an H100.
-    """
-    if importlib.util.find_spec("triton") is None:
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            raise RuntimeError(f"it is {triton.__version__}, and has to be 3.2 or newer")
+        row = torch.ones(1, 64, device="cuda")
+        _triton().beside(None, row, torch.empty_like(row), 0)
+    except Exception as error:
+        logger.warning("Triton is not used, plain torch does its part: %s: %s", type(error).__name__, error)
         return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 2)
+    return True
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor) -> None:
@@ -39,7 +47,7 @@ def beside(left: Tensor | None, right: Tensor, out: Tensor) -> None:
         out: (rows, width), contiguous; `right` begins at the last multiple of 64 that leaves it room.
     """
     size = out.shape[1] - padded(right.shape[1])
-    if out.is_cuda:
+    if _by_triton(out):
         _triton().beside(left, right, out, size)
         return
     if left is not None:
@@ -60,7 +68,7 @@ def place(a: Tensor, b: Tensor, scaling: float, stacked_a: Tensor, stacked_b: Te
         a: (r, in), in any dtype, to the top of `stacked_a`, (r or more, in), contiguous.
         b: (out, r), times `scaling`, to the columns of `stacked_b`, (out, width), contiguous, from `column` on.
     """
-    if stacked_a.is_cuda:
+    if _by_triton(stacked_a):
         _triton().place(a, b, scaling, stacked_a, stacked_b, column)
         return
     for stacked in (stacked_a, stacked_b):
@@ -81,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     Returns:
         `1 / rms(x)`, (rows, 1), float32 at least.
     """
-    if x.is_cuda:
+    if _by_triton(x):
         return _triton().rms_norm(x, weight, eps, out)
     wide = widened(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -101,7 +109,7 @@ def rms_norm_backward(
         added: (rows, dim) or None.
         out: (rows, dim), a view with any row stride, as are `grad`, `x` and `added`.
     """
-    if x.is_cuda:
+    if _by_triton(x):
         _triton().rms_norm_backward(grad, x, weight, scale, added, out)
         return out
     normed, grad = widened(x) * scale, grad * (1 + weight)
@@ -112,7 +120,7 @@ def rms_norm_backward(
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
     """`residual + base + hidden @ b.T`, rounded once: (rows, dim), (rows, dim), (rows, r), (dim, r)."""
     out = torch.empty_like(base)
-    if base.is_cuda:
+    if _by_triton(base):
         _triton().add_low_rank(residual, base, hidden, b, out)
     else:
         out.copy_(widened(residual) + base + widened(hidden) @ widened(b).T)
@@ -130,7 +138,7 @@ def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
     Returns:
         `out @ a.T`, (rows, r), or None.
     """
-    if gate_up.is_cuda:
+    if _by_triton(gate_up):
         return _triton().geglu(gate_up, out, a)
     gate, up = widened(gate_up).chunk(2, dim=-1)
     out.copy_(F.gelu(gate, approximate="tanh") * up)
@@ -152,7 +160,7 @@ def geglu_backward(
     Returns:
         `inner_grad.T @ geglu(gate_up)`, (r, dim), float32 at least, or None.
     """
-    if grad.is_cuda:
+    if _by_triton(grad):
         return _triton().geglu_backward(grad, gate_up, inner_grad, a, out)
     gate, up = (half.detach().requires_grad_() for half in widened(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
@@ -180,7 +188,7 @@ def pair_backward(
     Returns:
         The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each, float32 at least.
     """
-    if wide.is_cuda:
+    if _by_triton(wide):
         return _triton().pair_backward(wide, inner, b, ranks, scale)
     grad = wide[:, : len(b)]
     halves, (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
@@ -211,7 +219,7 @@ def rotate_back(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: 
 def _rotate(
     packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int, *, inverse: bool
 ) -> None:
-    if packed.is_cuda:
+    if _by_triton(packed):
         _triton().rotate(packed, cos, sin, whole, offset, query_offset, inverse)
         return
     length = packed.shape[1]
@@ -227,6 +235,10 @@ def _rotate(
 
 def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _by_triton(x: Tensor) -> bool:
+    return x.is_cuda and has_triton()
 
 
 def _triton() -> Any:

@@ -57,7 +57,7 @@ def plan(settings: Settings, device: torch.device) -> Plan:
     """What the settings come to on this device: "auto" is on for GPUs with bfloat16, and Triton where needed."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     chosen = Plan(
-        attention=_best_attention(device, gpu) if settings.attention == "auto" else settings.attention,
+        attention=_attention_on(device, settings.attention, gpu),
         fused=gpu and pointwise.has_triton() if settings.fused == "auto" else settings.fused == "1",
         trim=gpu if settings.trim == "auto" else settings.trim == "1",
         prune=settings.prune,
@@ -68,10 +68,12 @@ def plan(settings: Settings, device: torch.device) -> Plan:
     return chosen
 
 
-def _best_attention(device: torch.device, gpu: bool) -> str:
-    if shared_attention.fits(device):
-        return "triton"
-    return "sdpa" if gpu else "eager"
+def _attention_on(device: torch.device, asked: str, gpu: bool) -> str:
+    fits = shared_attention.fits(device)
+    if asked == "auto":
+        return "triton" if fits else "sdpa" if gpu else "eager"
+    # On a CPU plain torch stands in for the kernels.
+    return "sdpa" if asked == "triton" and device.type == "cuda" and not fits else asked
 
 
 def forward(

@@ -33,7 +33,8 @@ def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) ->
     script = undo.enter_context(contextlib.ExitStack())
     replace(undo, cls, "__init__", _building(cls.__init__, module, settings, script))
     replace(undo, cls, "load_state_dict", _loading(cls.load_state_dict))
-    openpi_sample.patch(module, undo)
+    if settings.compile != "0":
+        openpi_sample.patch(module, undo)
     replace(undo, cls, "_preprocess_observation", _channels_first(cls._preprocess_observation))
     openpi_fast.patch(module, settings, undo)
 

@@ -25,7 +25,8 @@ _FULL = {"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_3
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
     """Add the configs that openpi does not have by that name already, and prepare the script that asks for one."""
-    replace(undo, module, "cli", _preparing(module.cli, undo.enter_context(contextlib.ExitStack())))
+    if settings.skip_init:
+        replace(undo, module, "cli", _preparing(module.cli, undo.enter_context(contextlib.ExitStack())))
     for config in _configs(module):
         if config.name not in module._CONFIGS_DICT:
             module._CONFIGS.append(config)

@@ -18,8 +18,9 @@ from ..settings import Settings
 
 def patch(module: ModuleType, settings: Settings, undo: contextlib.ExitStack) -> None:
     """Say, while `load_pytorch` runs, that a checkpoint follows, and load that one tensor at a time."""
-    cls = module.BaseModelConfig
-    replace(undo, cls, "load_pytorch", _loading(cls.load_pytorch))
+    if settings.skip_init:
+        cls = module.BaseModelConfig
+        replace(undo, cls, "load_pytorch", _loading(cls.load_pytorch))
     replace(undo, module, "safetensors", streaming(keep=settings.base_cache))
 
 
