@@ -186,7 +186,7 @@ def pair_backward(
         scale: (rows, 1), or None for ones.
 
     Returns:
-        The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each, float32 at least.
+        The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each.
     """
     if _by_triton(wide):
         return _triton().pair_backward(wide, inner, b, ranks, scale)

@@ -17,7 +17,7 @@ _PAIR = {"ROWS": 64, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backwa
 _PAIR_SUMS = 8192  # which is so many columns wide, divided by the rank.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
-_NARROW = 32  # Up to this rank GEGLU takes the adapter after it along; above, its tiles outgrow smaller GPUs.
+_NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
@@ -102,9 +102,11 @@ def geglu_backward(
 def pair_backward(
     wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    if max(ranks) > _NARROW:
+        return _pair_by_products(wide, inner, b, ranks, scale)
     rows, r = inner.shape
     dim, block = len(b) // 2, _block(*ranks)
-    columns = max(_PAIR_SUMS // block, 16)
+    columns = _PAIR_SUMS // block
     strips = triton.cdiv(dim, columns)
     splits, length = _split(rows, _PAIR["ROWS"], 8, _PROGRAMS // (4 * strips))
     # What a strip of columns adds to the gradient of `inner`, and a part of the rows to those of the Bs.
@@ -121,6 +123,18 @@ def pair_backward(
     )
     first, second = b_parts.sum(0).chunk(2, dim=1)
     return scaled, (first[: ranks[0]].T, second[: ranks[1]].T)
+
+
+def _pair_by_products(
+    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The same by cuBLAS, which reads the gradient twice, and rounds that of the Bs to its dtype."""
+    first, second, _ = inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
+    left, right = wide[:, : len(b)].chunk(2, dim=1)
+    inner_grad = wide[:, : len(b)] @ b
+    beside(None, inner_grad, wide, len(b))
+    scaled = inner_grad if scale is None else (inner_grad * scale).to(inner_grad.dtype)
+    return scaled, (left.T @ first, right.T @ second)
 
 
 def rotate(
