@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
-Each start runs in a virtual environment of its own that holds nothing, this package, or an empty `.pth` file. The
+Each start runs in a virtual environment of its own that holds nothing, this package, or another `.pth` file. The
 instructions are those of the whole process and need valgrind; hash seed and address layout are fixed, so they repeat to
 a few in a million. Milliseconds are the median of `--starts`, the ways by turns, in random order.
 """
@@ -30,6 +30,7 @@ SET = {"OPENPI_LORA": "1"}
 WAYS: dict[str, tuple[str, dict[str, str], str]] = {
     "without this package": ("nothing", {}, "pass"),
     "an empty `.pth` file in its place": ("an empty .pth", {}, "pass"),
+    "one with `import os`": ("a .pth with a line", {}, "pass"),
     "installed, `OPENPI_LORA` unset": ("this package", {}, "pass"),
     "`OPENPI_LORA=1`": ("this package", SET, "pass"),
     "`OPENPI_LORA=1`, activated": ("this package", SET, "import openpi_lora_patch as o; o.status()"),
@@ -59,8 +60,8 @@ def make(folder: Path, kind: str) -> str:
     if kind == "this package":
         shutil.copytree(PACKAGE, packages / PACKAGE.name, ignore=shutil.ignore_patterns("*.pth"))
         shutil.copy(PACKAGE / PTH, packages)
-    elif kind == "an empty .pth":
-        (packages / PTH).write_text("")
+    elif kind != "nothing":
+        (packages / PTH).write_text("" if kind == "an empty .pth" else "import os\n")
     return str(home / "bin/python")
 
 

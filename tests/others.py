@@ -6,20 +6,22 @@ r"""Run the tests of others with OPENPI_LORA=1 and without, and compare what bec
         -k "Gemma3 or embed_scale or scaled_embedding or custom_peft_type"
 
 CHECKOUT is a checkout of transformers (or of PEFT) at the release that is installed, outside this project. What comes
-after the test files goes to pytest. With `--as`, a small random Gemma answers to that name of the model hub: PEFT's
-tests know later Gemmas only, which are not patched. A test that the network, a GPU or a package is missing for has to
-end equally both ways. Exits 1 on a difference, 2 where nothing was compared.
+after the test files goes to pytest. With `--as`, a small random Gemma answers to that name of the model hub, which has
+nothing else: PEFT's tests know later Gemmas only, which are not patched. A test that the network, a GPU or a package is
+missing for has to end equally both ways. Exits 1 on a difference, 2 where nothing was compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import http.server
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import xml.etree.ElementTree
 
 OUTCOMES = ("failure", "error", "skipped")
@@ -44,6 +46,23 @@ model = pathlib.Path({str(hub)!r}, "models--" + {name!r}.replace("/", "--"))
 transformers.GemmaForCausalLM(config).save_pretrained(model / "snapshots" / ("0" * 40))
 """
     subprocess.run([sys.executable, "-c", code], env=environment(on=False), check=True)
+
+
+class EmptyHub(http.server.BaseHTTPRequestHandler):
+    """Has no file; one that cannot be reached would be asked again and again, for half a minute a test."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def active(checkout: pathlib.Path, *, on: bool) -> bool:
@@ -90,7 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as hub:
         if options.name is not None:
             stand_in(pathlib.Path(hub), options.name)
-            os.environ["HF_HUB_CACHE"] = hub
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            os.environ |= {"HF_HUB_CACHE": hub, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         without, patched = (outcomes(options.checkout, options.tests + more, on=on) for on in (False, True))
     print(f"{len(without)} tests without: {dict(collections.Counter(without.values()))}")
     print(f"{len(patched)} tests with: {dict(collections.Counter(patched.values()))}")

@@ -181,7 +181,7 @@ def test_a_strict_load_that_lacks_a_tensor_or_has_one_too_many_changes_nothing(m
 
 
 @pytest.mark.parametrize(("setting", "ours"), [("1", True), ("0", False)])
-def test_a_setting_leaves_its_scripts_initialisation_alone(setting, ours):
+def test_a_setting_leaves_its_scripts_initialisation_alone(child, setting, ours):
     code = """
 import openpi_lora_patch
 import openpi.training.config as training
@@ -189,6 +189,5 @@ before = training.cli
 openpi_lora_patch.deactivate()
 print(training.cli is not before)
 """
-    environ = os.environ | {"OPENPI_LORA_SKIP_INIT": setting}
-    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    result = child("-c", code, OPENPI_LORA_SKIP_INIT=setting)
     assert result.stdout == f"{ours}\n", result.stderr

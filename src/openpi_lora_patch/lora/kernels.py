@@ -168,8 +168,7 @@ class _Projection(torch.autograd.Function):
         hidden_grad = linear.hidden_grad(grad)
         grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
         if hidden_grad is not None:
-            scaled = hidden_grad if scale is None else (hidden_grad * scale).to(hidden_grad.dtype)
-            grads_a = _unstack(_after_norm(scaled.T @ x, norm), matrices_a)
+            grads_a = _unstack(_after_norm(pointwise.scaled(hidden_grad, scale).T @ x, norm), matrices_a)
             grads_b = _unblock(grad.T @ hidden, matrices_b, ctx.scalings)
         if ctx.needs_input_grad[0]:
             x_grad = linear.backward(grad, hidden_grad)

@@ -175,7 +175,8 @@ def geglu_backward(
 def pair_backward(
     wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Of two adapters on one input (gate's and up's), in one pass over the gradient of what they add to.
+    """Of two adapters on one input (gate's and up's), from the gradient of what they add to; up to a rank of 32 in one
+    pass over it.
 
     Args:
         wide: (rows, 2 * dim + room), contiguous: that gradient, and beside it room for the gradient of `inner`,
@@ -188,14 +189,13 @@ def pair_backward(
     Returns:
         The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each.
     """
-    if _by_triton(wide):
+    if _by_triton(wide) and max(ranks) <= _triton().NARROW:
         return _triton().pair_backward(wide, inner, b, ranks, scale)
     grad = wide[:, : len(b)]
-    halves, (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
-    grads = (widened(halves[0]).T @ widened(first), widened(halves[1]).T @ widened(second))
+    (gate, up), (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
     inner_grad = grad @ b
     beside(None, inner_grad, wide)
-    return inner_grad if scale is None else (inner_grad * scale).to(inner_grad.dtype), grads
+    return scaled(inner_grad, scale), (gate.T @ first, up.T @ second)
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:
@@ -231,6 +231,11 @@ def _rotate(
         source, target = (own, part) if inverse else (part, own)
         first, second = source.chunk(2, dim=-1)
         target.copy_(source * cos + torch.cat([-second, first], dim=-1) * sin if turn else source)
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """`x`, (rows, r), times a scale of each row, (rows, 1), or as it is; in its own dtype."""
+    return x if scale is None else (x * scale).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from .pointwise import Whole
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
-_PAIR = {"ROWS": 64, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`,
-_PAIR_SUMS = 8192  # which is so many columns wide, divided by the rank.
+_PAIR = {"ROWS": 64, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
+_PAIR_SUMS = 8192  # Its columns times the rank.
 _PROGRAMS = 4096  # Enough to fill any GPU several times.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
-_NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
+NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
@@ -63,7 +63,7 @@ def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out:
 
 def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
     rows, dim = out.shape
-    if a is not None and len(a) <= _NARROW:
+    if a is not None and len(a) <= NARROW:
         return _geglu_with_adapter(gate_up, out, a)
     block = min(1024, triton.next_power_of_2(dim))
     _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4)
@@ -88,7 +88,7 @@ def geglu_backward(
 ) -> Tensor | None:
     rows, dim = grad.shape
     rank = 0 if inner_grad is None else inner_grad.shape[1]
-    if inner_grad is not None and a is not None and rank > _NARROW:
+    if inner_grad is not None and a is not None and rank > NARROW:
         grad, a = torch.addmm(grad, inner_grad, a), None
     columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
     splits, length = _split(rows, _BACKWARD["ROWS"], 4, _PROGRAMS // columns)
@@ -102,8 +102,6 @@ def geglu_backward(
 def pair_backward(
     wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    if max(ranks) > _NARROW:
-        return _pair_by_products(wide, inner, b, ranks, scale)
     rows, r = inner.shape
     dim, block = len(b) // 2, _block(*ranks)
     columns = _PAIR_SUMS // block
@@ -123,18 +121,6 @@ def pair_backward(
     )
     first, second = b_parts.sum(0).chunk(2, dim=1)
     return scaled, (first[: ranks[0]].T, second[: ranks[1]].T)
-
-
-def _pair_by_products(
-    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The same by cuBLAS, which reads the gradient twice, and rounds that of the Bs to its dtype."""
-    first, second, _ = inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
-    left, right = wide[:, : len(b)].chunk(2, dim=1)
-    inner_grad = wide[:, : len(b)] @ b
-    beside(None, inner_grad, wide, len(b))
-    scaled = inner_grad if scale is None else (inner_grad * scale).to(inner_grad.dtype)
-    return scaled, (left.T @ first, right.T @ second)
 
 
 def rotate(

@@ -23,7 +23,7 @@ from .shared_attention import SharedAttention
 _ALIGNMENT = 128
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Before 2.6 torch takes the first that it can of an order of its own.
-IN_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
+_IN_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
 
 
 class Prefix(NamedTuple):
@@ -123,7 +123,7 @@ def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     # Heads that share keys and values read the same memory.
     key, value = (tensor.unsqueeze(3).expand(-1, -1, -1, groups, -1).flatten(2, 3) for tensor in (key, value))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    with sdpa_kernel(_BACKENDS, **IN_ORDER):
+    with sdpa_kernel(_BACKENDS, **_IN_ORDER):
         output = F.scaled_dot_product_attention(query, key, value, mask)
     return output.transpose(1, 2).flatten(2)
 

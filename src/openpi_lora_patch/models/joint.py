@@ -217,8 +217,7 @@ def _recomputed(models: Sequence[Any], embeds: Sequence[Tensor], chosen: Plan) -
     if device.type != "cuda":
         return layers
     kept, least, spare = layer_bytes(models, embeds, chosen)
-    trained = (p for model in models for p in model.parameters() if p.requires_grad and p.grad is None)
-    room = 0.9 * _free(device) - spare - sum(p.nbytes for p in trained) - layers * least
+    room = 0.9 * _free(device) - spare - _gradient_bytes(models) - layers * least
     return max(0, layers - max(0, int(room // (kept - least))))
 
 
@@ -239,6 +238,12 @@ def layer_bytes(models: Sequence[Any], embeds: Sequence[Tensor], chosen: Plan) -
         tokens, heads = sum(x.shape[1] for x in embeds), models[0].config.num_attention_heads
         kept += embeds[0].shape[0] * heads * tokens**2 * (2 * embeds[0].element_size() + 4)  # Scores, weights, float32.
     return kept, least, spare
+
+
+def _gradient_bytes(models: Sequence[Any]) -> int:
+    """What the gradients of towers that train whole are still to take; those of adapters are small."""
+    whole = [model for model in models if stored_weight(model.layers[0].mlp.gate_proj).requires_grad]
+    return sum(p.nbytes for model in whole for p in model.parameters() if p.requires_grad and p.grad is None)
 
 
 def _times(linear: Any, chosen: Plan) -> int:
