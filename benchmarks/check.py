@@ -76,7 +76,7 @@ def compare(name: str, module: nn.Module, naive: Any, ours: Any, x: Tensor, weig
         report(f"{name}, {part}", error(a, reference), error(b, reference))
 
 
-def check_functions() -> None:
+def check_functions(rank: int) -> None:
     """Random inputs at the sizes of PaliGemma's layers, with a number of rows that no tile divides."""
     rows, width, eps = 2 * 867, 2048, 1e-6
 
@@ -86,15 +86,15 @@ def check_functions() -> None:
 
     with torch.device("cuda"):
         x, weight = torch.randn(rows, width).bfloat16(), 0.1 * torch.randn(width)
-        linears = nn.ModuleList(adapter(width, out, 16) for out in (2048, 256, 256)).bfloat16()
-        mlp = _Mlp(width, 16384, 16).bfloat16()
+        linears = nn.ModuleList(adapter(width, out, rank) for out in (2048, 256, 256)).bfloat16()
+        mlp = _Mlp(width, 16384, rank).bfloat16()
     compare(
-        "q/k/v", linears, lambda m, x, w: torch.cat([linear(norm(x, w)) for linear in m], -1),
+        f"q/k/v, rank {rank}", linears, lambda m, x, w: torch.cat([linear(norm(x, w)) for linear in m], -1),
         lambda m, x, w: kernels.project_normed(x, list(m), kernels.Norm(w, eps))[0], x, weight,
     )  # fmt: skip
     for keep in (True, False):
         compare(
-            f"MLP, keep={keep}", mlp, lambda m, x, w: x + m(norm(x, w)),
+            f"MLP, rank {rank}, keep={keep}", mlp, lambda m, x, w: x + m(norm(x, w)),
             lambda m, x, w, keep=keep: kernels.feed_forward(x, m, kernels.Norm(w, eps), keep=keep), x, weight,
         )  # fmt: skip
 
@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--functions-only", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    check_functions()
+    for rank in (*models.RANKS.values(), 64):  # And one above what the kernels take along.
+        check_functions(rank)
     check_rotation()
     check_small_updates()
     if not options.functions_only:
