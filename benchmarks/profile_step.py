@@ -21,7 +21,6 @@ KINDS = {
     "attention": r"sdpa|flash|fmha|cudnn.*(attention|bprop|fprop)|^_(forward|slopes|row_products)$",
     "GEMM": r"gemm|nvjet|cutlass|xmma|wgmma",
     "GEGLU": r"^_geglu",
-    "adapters of gate and up": r"^_pair_backward",
     "RMS norm": r"^_rms_norm",
     "rotation": r"^_rotate",
     "adapters laid beside": r"^_beside",

@@ -66,17 +66,17 @@ def call_all(kernels, width, dim, rank):
 
     r = -(-rank // 16) * 16
     both = -(-2 * rank // 16) * 16
-    x, gate_up, wide = make(ROWS, width), make(ROWS, 2 * dim), make(ROWS, 2 * dim + -(-both // 64) * 64)
+    x, gate_up = make(ROWS, width), make(ROWS, 2 * dim)
     kernels.place(make(rank, width, dtype=torch.float32), make(dim, rank, dtype=torch.float32), 1.0, x, make(dim, r), 0)
     kernels.beside(x, make(ROWS, r), make(ROWS, width + -(-r // 64) * 64), width)
     scale = kernels.rms_norm(x, make(width), 1e-6, make(ROWS, width))
-    kernels.rms_norm_backward(x, x, make(width), scale, x, make(ROWS, width))
+    low_rank = pointwise.LowRank(make(ROWS, both), make(both, width), make(ROWS, both))
+    for rest in (low_rank, None):
+        kernels.rms_norm_backward(x, x, make(width), scale, x, make(ROWS, width), rest)
     kernels.add_low_rank(x, x, make(ROWS, r), make(width, r), make(ROWS, width))
-    for a, inner in ((make(r, dim), make(ROWS, r)), (None, None)):
+    for a, after, inner in ((make(r, dim), make(ROWS, r), make(ROWS, both)), (None, None, None)):
         kernels.geglu(gate_up, make(ROWS, dim), a)
-        kernels.geglu_backward(make(ROWS, dim), gate_up, inner, a, wide[:, : 2 * dim])
-    if rank <= kernels.NARROW:  # Above, plain products.
-        kernels.pair_backward(wide, make(ROWS, both), make(2 * dim, both), (rank, rank), scale)
+        kernels.geglu_backward(make(ROWS, dim), gate_up, after, inner, (rank, rank), make(ROWS, 2 * dim))
     heads = tuple(make(1, ROWS, n, 256) for n in (8, 1, 1))
     angle = make(1, ROWS, 256)
     kernels.rotate(make(1, ROWS, 10, 256), angle, angle, heads, 0, 0, False)
@@ -94,7 +94,8 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, gpu, rank):
     call_all(triton_kernels, 2048, 16384, rank)
     names = {name for name, _ in found}
     assert names >= {"_place", "_beside", "_geglu", "_geglu_backward", "_add_low_rank", "_rms_norm", "_rotate"}
-    assert (rank <= triton_kernels.NARROW) == ("_geglu_adapted" in names)
+    narrow = {"_geglu_adapted", "_rms_norm_products", "_rms_norm_low_rank_backward"}
+    assert names & narrow == (narrow if rank <= triton_kernels.NARROW else set())
     assert not [(name, shared) for name, shared in found if shared > limit * 1024]
 
 
@@ -118,7 +119,7 @@ def test_the_interpreter_computes_what_plain_torch_does():
         [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compared", "44"]
+    assert done.stdout.split() == ["compared", "52"]
 
 
 def compare(rows, dim, rank, ranks):
@@ -132,12 +133,13 @@ def compare(rows, dim, rank, ranks):
         return torch.full(shape, 7.0, dtype=torch.float16)
 
     both = -(-sum(ranks) // 16) * 16
-    b = torch.zeros(2 * dim, both, dtype=torch.float16)
-    b[:dim, : ranks[0]], b[dim:, ranks[0] : sum(ranks)] = make(dim, ranks[0], std=0.1), make(dim, ranks[1], std=0.1)
     inner = make(rows, both)
     inner[:, sum(ranks) :] = 0
     gate_up, a, grad, hidden = make(rows, 2 * dim), make(rank, dim, std=0.1), make(rows, dim), make(rows, rank)
-    weight, scale, wide = torch.randn(dim), torch.rand(rows, 1), make(rows, 2 * dim + 64)
+    weight, wide = torch.randn(dim), make(rows, dim + both)
+    normed, first_a = torch.empty(rows, dim), make(both, dim, std=0.1)
+    pointwise.rms_norm(grad, weight, 1e-6, normed)
+    low_rank = pointwise.LowRank(wide[:, dim:], first_a, (normed @ first_a.float().T).half())
     adapter = torch.randn(ranks[0], dim), torch.randn(dim, ranks[0])
     packed, angle = make(2, 5, 6, 8), torch.randn(2, 7, 4).repeat(1, 1, 2)
 
@@ -145,20 +147,17 @@ def compare(rows, dim, rank, ranks):
         out = [room(rows, dim + 64) for _ in range(5)]
         yield module.geglu(gate_up, out[0][:, :dim], a), out[0]
         yield module.geglu(gate_up, out[1][:, :dim], None), out[1]
-        for of, matrix in ((hidden, a), (None, None)):
+        for after, before in ((hidden, inner), (hidden, None), (None, inner), (None, None)):
             target = room(rows, 2 * dim + 64)
-            yield module.geglu_backward(grad, gate_up, of, matrix, target[:, : 2 * dim]), target
-        for factor in (scale, None):
-            filled = wide.clone()
-            scaled, pair = module.pair_backward(filled, inner, b, ranks, factor)
-            yield scaled, filled, *pair
+            grad_a, grads_b = module.geglu_backward(grad, gate_up, after, before, ranks, target[:, : 2 * dim])
+            yield grad_a, *(grads_b or (None, None)), target
         stacks = room(ranks[0] + 3, dim), room(dim, 64)
         module.place(*adapter, 0.5, *stacks, 3)
         yield stacks
         norm = module.rms_norm(grad, weight, 1e-6, out[2][:, :dim])
         yield norm, out[2]
-        for added in (grad, None):
-            module.rms_norm_backward(grad, wide[:, :dim], weight, norm, added, out[3][:, :dim])
+        for added, rest in ((grad, None), (None, None), (grad, low_rank), (None, low_rank)):
+            module.rms_norm_backward(wide[:, :dim], grad, weight, norm, added, out[3][:, :dim], rest)
             yield (out[3].clone(),)
         heads = tuple(torch.zeros(2, 7, n, 8, dtype=torch.float16) for n in (4, 1, 1))
         turn = (packed, angle.cos().half(), angle.sin().half(), heads, 2, 2)

@@ -24,6 +24,7 @@ from .quantized import QuantizedLinear, dense, stored_weight
 
 # Rows that a recomputing MLP handles at once: its temporaries stay below 2 GB whatever the batch.
 _CHUNK = 8192
+_TILE = 192  # See `_rows_of_a_wave`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,25 +214,29 @@ class _FeedForward(torch.autograd.Function):
         weights, matrices_a, matrices_b = _thirds(saved[:9])
         first, last = _Stacked(weights[:2], first_a, first_b), _Stacked(weights[2:], last_a, last_b)
         totals, x_grads = _Totals(), []
+        ranks = len(matrices_a[0]), len(matrices_a[1])
         for rows, out_grad in ((x, grad),) if ctx.keep else _chunks(x, grad):
             gate_up, inner, scale, hidden = kept or (*first(rows, norm, ctx.eps), None)
             if last.a is not None and hidden is None:
                 hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.narrow)
             hidden_grad = last.hidden_grad(out_grad)
-            wide, gate_up_grad = first.room(len(rows), first.out)
-            activation_grad = out_grad @ last.weights[0]  # The adapter's part is added where it is read.
-            a_last = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, last.narrow, gate_up_grad)
+            activation_grad = last.backward(out_grad, hidden_grad)
+            gate_up_grad = torch.empty_like(gate_up)
+            a_last, pair = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, inner, ranks, gate_up_grad)
             del activation_grad, gate_up
-            totals.add(a_last=a_last, b_last=None if hidden is None else out_grad.T @ hidden)
-            if first.b is not None:
-                ranks = len(matrices_a[0]), len(matrices_a[1])
-                scaled, (b_gate, b_up) = pointwise.pair_backward(wide, cast(Tensor, inner), first.b, ranks, scale)
-                totals.add(b_gate=b_gate, b_up=b_up, a_first=_after_norm(scaled.T @ rows, norm))
+            b_gate, b_up = pair or (None, None)
+            b_last = None if hidden is None else out_grad.T @ hidden
+            totals.add(a_last=a_last, b_last=b_last, b_gate=b_gate, b_up=b_up)
+            x_grad, through = first.backward_apart(gate_up_grad, inner)
+            if through is not None:
+                totals.add(a_first=_after_norm(pointwise.scaled(through.inner_grad, scale).T @ rows, norm))
             if ctx.needs_input_grad[0]:
-                x_grad = first.product_back(wide)
                 if norm is not None:
+                    known = rows, norm, cast(Tensor, scale)
                     out = _with_room(rows, *rows.shape)
-                    x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, cast(Tensor, scale), out_grad, out)
+                    x_grad = pointwise.rms_norm_backward(x_grad, *known, out_grad, out, through)
+                elif through is not None:
+                    x_grad = torch.addmm(x_grad, through.inner_grad, through.a)
                 x_grads.append(x_grad)
         grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
         grads_b = [
@@ -246,6 +251,9 @@ class _Stacked:
     """Linears on one input as one, and their adapters as one beside it, multiplied together:
 
         y = [ x | x A^T | 0 ] [ W | B | 0 ]^T        x_grad = [ y_grad | y_grad B | 0 ] [ W ; A ; 0 ]
+
+    or, where y_grad is so wide that reading it for `y_grad B` would cost much, `y_grad [ W | B | 0 ]`, which has that
+    beside `y_grad W`; its product with A is added by what comes next.
 
     One product of wider factors sums the adapter's part in the base's float32 accumulator: cuBLAS, given an output to
     add to, rounds to bfloat16 first, which loses an update of 1e-4. The zeros keep rows aligned for the fast kernels.
@@ -305,11 +313,16 @@ class _Stacked:
 
     def backward(self, grad: Tensor, hidden_grad: Tensor | None) -> Tensor:
         """From the output's gradient (rows, out) and `hidden_grad` to the input's (rows, in)."""
-        return self.product_back(grad if hidden_grad is None else _beside(grad, hidden_grad))
+        if hidden_grad is None or self.a is None:
+            return grad @ _cat(self.weights)
+        return _beside(grad, hidden_grad) @ _cat([*self.weights, self.a])
 
-    def product_back(self, wide: Tensor) -> Tensor:
-        """The same from `room` that is filled."""
-        return wide @ _cat(self.weights if self.a is None else [*self.weights, self.a])
+    def backward_apart(self, grad: Tensor, inner: Tensor | None) -> tuple[Tensor, pointwise.LowRank | None]:
+        """The same from the output's gradient and what the adapters have inside, with their part left to be added."""
+        if self.a is None or self.b is None or inner is None:
+            return grad @ _cat(self.weights), None
+        both, r = _whole_waves(grad, _widened(self.weights, self.b, len(self.a))), self.b.shape[1]
+        return both[:, : self.size], pointwise.LowRank(both[:, self.size : self.size + r], self.a[:r], inner)
 
     @property
     def narrow(self) -> Tensor | None:
@@ -325,19 +338,46 @@ class _Stacked:
         return None if self.b is None else grad @ self.b
 
     def room(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
-        """An empty left factor, and the part of it for x or for the gradient of y, (rows, size)."""
+        """An empty left factor, and the part of it for x, (rows, size)."""
         extra = 0 if self.a is None else len(self.a)
         wide = self.weights[0].new_empty(rows, size + extra)
         return wide, wide[:, :size]
 
     def _product(self, wide: Tensor) -> Tensor:
-        if self.b is None:
-            return wide @ _cat(self.weights).T
-        weight = wide.new_empty(self.out, wide.shape[1])
-        for part, offset in zip(self.weights, _offsets([len(part) for part in self.weights]), strict=True):
-            own = slice(offset, offset + len(part))
-            pointwise.beside(part, self.b[own], weight[own])
-        return wide @ weight.T
+        weights = _cat(self.weights) if self.b is None else _widened(self.weights, self.b, wide.shape[1] - self.size)
+        return wide @ weights.T
+
+
+def _widened(weights: Sequence[Tensor], b: Tensor, room: int) -> Tensor:
+    """`[ W | B | 0 ]`, of so many columns beside W."""
+    wide = b.new_empty(len(b), weights[0].shape[1] + room)
+    for part, offset in zip(weights, _offsets([len(part) for part in weights]), strict=True):
+        own = slice(offset, offset + len(part))
+        pointwise.beside(part, b[own], wide[own])
+    return wide
+
+
+def _whole_waves(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`; where that ends with most of the GPU idle, as two products, of which the second is small."""
+    wave = _rows_of_a_wave(right.shape[1], left.device)
+    cut = len(left) // wave * wave if wave else 0
+    if cut in (0, len(left)):
+        return left @ right
+    out = left.new_empty(len(left), right.shape[1])
+    for part in (slice(cut), slice(cut, None)):
+        torch.mm(left[part], right, out=out[part])
+    return out
+
+
+def _rows_of_a_wave(columns: int, device: torch.device) -> int:
+    """How many rows keep every multiprocessor busy with one tile; 0 where no number does.
+
+    cuBLAS takes tiles of 192 rows and columns for so long sums: the 2112 columns of `[ W | B | 0 ]` are 11 of them, and
+    2304 rows then 132, as many as an H100 or H200 has multiprocessors.
+    """
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    across = -(-columns // _TILE)
+    return 0 if units % across else units // across * _TILE
 
 
 def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -346,7 +386,7 @@ def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _after_norm(product: Tensor, norm: Tensor | None) -> Tensor:
     """`left.T @ rms_norm(x)`, (r, in), from `product`: the same with `left * scale` and x, `scale` being 1 / rms."""
-    return product if norm is None else pointwise.widened(product) * (1 + norm)
+    return product if norm is None else torch.addcmul(product, product, pointwise.widened(norm))
 
 
 def _with_room(like: Tensor, rows: int, size: int) -> Tensor:

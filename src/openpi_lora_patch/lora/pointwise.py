@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,21 @@ from torch import Tensor
 logger = logging.getLogger("openpi_lora_patch")
 
 Whole = tuple[Tensor, Tensor, Tensor]
+
+
+class LowRank(NamedTuple):
+    """The part of a norm's output's gradient that comes through adapters, `inner_grad @ a`, not yet multiplied.
+
+    Attributes:
+        inner_grad: (rows, r), with any row stride.
+        a: (r, dim).
+        inner: (rows, r), what the adapters have inside, the norm's output times `a.T`.
+    """
+
+    inner_grad: Tensor
+    a: Tensor
+    inner: Tensor
+
 
 # Of torch 2.6. The compiler of 3.1 dies of one of our kernels, for an H100.
 OLDEST_TRITON = (3, 2)
@@ -98,20 +113,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None, out: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    added: Tensor | None,
+    out: Tensor,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Gradient for `x` of `rms_norm`, plus `added`, into `out`.
 
     Args:
-        grad: of its output, (rows, dim).
+        grad: of its output, (rows, dim), without the part in `low_rank`.
         x, weight: what it was given.
         scale: (rows, 1), what it returned.
         added: (rows, dim) or None.
         out: (rows, dim), a view with any row stride, as are `grad`, `x` and `added`.
+        low_rank: that part, or None.
     """
     if _by_triton(x):
-        _triton().rms_norm_backward(grad, x, weight, scale, added, out)
+        _triton().rms_norm_backward(grad, x, weight, scale, added, out, low_rank)
         return out
+    if low_rank is not None:
+        grad = widened(grad) + widened(low_rank.inner_grad) @ widened(low_rank.a)
     normed, grad = widened(x) * scale, grad * (1 + weight)
     result = scale * (grad - normed * (grad * normed).mean(-1, keepdim=True))
     return out.copy_(result if added is None else result + added)
@@ -146,56 +170,43 @@ def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, a: Tensor | None, out: Tensor
-) -> Tensor | None:
-    """Gradient of `geglu`, into `out`, and that of `a`.
+    grad: Tensor,
+    gate_up: Tensor,
+    inner_grad: Tensor | None,
+    inner: Tensor | None,
+    ranks: tuple[int, int],
+    out: Tensor,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Gradient of `geglu`, into `out`, and of the adapters on either side of it, in the same pass over memory.
 
     Args:
-        grad: of the output, but for the adapter's part, `inner_grad @ a`, which is added here; (rows, dim).
+        grad: of the output, (rows, dim).
         gate_up: the input, (rows, 2 * dim).
-        inner_grad: (rows, r), gradient of what the adapter after `geglu` has inside; None without one.
-        a: as `geglu` was given it.
+        inner_grad: (rows, r), contiguous, gradient of what the adapter after `geglu` has inside; None without one.
+        inner: (rows, the sum of `ranks` or more), what the adapters of gate and up have inside, one beside the other;
+            None without any.
+        ranks: of these two.
         out: (rows, 2 * dim), a view with any row stride, for the gradient of `gate_up`.
 
     Returns:
-        `inner_grad.T @ geglu(gate_up)`, (r, dim), float32 at least, or None.
+        Of the A after it, `inner_grad.T @ geglu(gate_up)`, (r, dim), or None; and of the Bs of gate and up, not yet
+        scaled, (dim, rank) each, or None. Float32 at least.
     """
     if _by_triton(grad):
-        return _triton().geglu_backward(grad, gate_up, inner_grad, a, out)
+        return _triton().geglu_backward(grad, gate_up, inner_grad, inner, ranks, out)
     gate, up = (half.detach().requires_grad_() for half in widened(gate_up).chunk(2, dim=-1))
     with torch.enable_grad():
         output = F.gelu(gate, approximate="tanh") * up
-    if inner_grad is not None and a is not None:
-        grad = widened(grad) + widened(inner_grad) @ widened(a)
-    gate_grad, up_grad = torch.autograd.grad(output, (gate, up), widened(grad))
-    out.copy_(torch.cat([gate_grad, up_grad], dim=-1))
-    return None if inner_grad is None else widened(inner_grad).T @ output.detach()
+    halves = torch.autograd.grad(output, (gate, up), widened(grad))
+    out.copy_(torch.cat(halves, dim=-1))
+    grad_a = None if inner_grad is None else widened(inner_grad).T @ output.detach()
+    return grad_a, None if inner is None else pair_products(out, inner, ranks)
 
 
-def pair_backward(
-    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Of two adapters on one input (gate's and up's), from the gradient of what they add to; up to a rank of 32 in one
-    pass over it.
-
-    Args:
-        wide: (rows, 2 * dim + room), contiguous: that gradient, and beside it room for the gradient of `inner`,
-            `gradient @ b`, which is put there, zeros behind it.
-        inner: (rows, r), what they have inside, `x @ A.T`.
-        b: (2 * dim, r), their Bs on a block diagonal; r is at least the sum of `ranks`.
-        ranks: of each.
-        scale: (rows, 1), or None for ones.
-
-    Returns:
-        The gradient of `inner` times `scale`, and those of the two Bs, (dim, rank) each.
-    """
-    if _by_triton(wide) and max(ranks) <= _triton().NARROW:
-        return _triton().pair_backward(wide, inner, b, ranks, scale)
-    grad = wide[:, : len(b)]
+def pair_products(grad: Tensor, inner: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`gate.T @ first, up.T @ second`, of `grad`, (rows, 2 * dim), and `inner`, as `geglu_backward` has them."""
     (gate, up), (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
-    inner_grad = grad @ b
-    beside(None, inner_grad, wide)
-    return scaled(inner_grad, scale), (gate.T @ first, up.T @ second)
+    return gate.T @ first, up.T @ second
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:
@@ -235,7 +246,7 @@ def _rotate(
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     """`x`, (rows, r), times a scale of each row, (rows, 1), or as it is; in its own dtype."""
-    return x if scale is None else (x * scale).to(x.dtype)
+    return x if scale is None else torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def widened(x: Tensor) -> Tensor:

@@ -8,24 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import pointwise
 from .pointwise import Whole
 
-_ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank`.
+_ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` and of `_rms_norm_low_rank_backward`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
-_PAIR = {"ROWS": 64, "num_warps": 8, "num_stages": 2}  # A tile of `_pair_backward`.
-_PAIR_SUMS = 8192  # Its columns times the rank.
-_PROGRAMS = 4096  # Enough to fill any GPU several times.
+_PROGRAMS = 2048  # Enough to fill any GPU several times.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
 NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
 def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
     rows, width = out.shape
-    start, block = (size, 64) if left is None else (0, 1024)
+    start, tile = (size, (16, 64)) if left is None else (0, (8, 1024))
     strides = (0 if left is None else left.stride(0), right.stride(0), out.stride(0))
-    _beside[(rows, triton.cdiv(width - start, block))](
-        left, right, out, *strides, start, size, right.shape[1], width, left is not None, block, num_warps=4
+    _beside[(triton.cdiv(rows, tile[0]), triton.cdiv(width - start, tile[1]))](
+        left, right, out, *strides, start, rows, size, right.shape[1], width, left is not None, *tile, num_warps=4
     )
 
 
@@ -46,13 +45,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None, out: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    added: Tensor | None,
+    out: Tensor,
+    low_rank: pointwise.LowRank | None,
 ) -> None:
     rows, dim = x.shape
-    strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0), out.stride(0))
-    _rms_norm_backward[(rows,)](
-        grad, x, weight, scale, added, out, *strides, dim, triton.next_power_of_2(dim), num_warps=8
-    )
+    if low_rank is not None and len(low_rank.a) > 2 * NARROW:
+        grad, low_rank = torch.addmm(grad, low_rank.inner_grad, low_rank.a), None
+    block = triton.next_power_of_2(dim)
+    strides = (0 if added is None else added.stride(0), out.stride(0))
+    if low_rank is None:
+        _rms_norm_backward[(rows,)](
+            grad, x, weight, scale, added, out, grad.stride(0), x.stride(0), *strides, dim, block, num_warps=8
+        )
+        return
+    inner_grad, a, inner = low_rank
+    products = torch.empty_like(scale)
+    r = _block(len(a))
+    _rms_norm_products[(rows,)](
+        grad, x, weight, scale, inner_grad, inner, products, grad.stride(0), x.stride(0), inner_grad.stride(0),
+        inner.stride(0), dim, block, len(a), r, num_warps=8,
+    )  # fmt: skip
+    _rms_norm_low_rank_backward[(triton.cdiv(dim, _ADD["COLUMNS"]), triton.cdiv(rows, _ADD["ROWS"]))](
+        grad, x, weight, scale, products, added, out, inner_grad, a, grad.stride(0), x.stride(0), *strides,
+        inner_grad.stride(0), rows, dim, len(a), r, **_ADD,
+    )  # fmt: skip
 
 
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
@@ -84,43 +105,28 @@ def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
 
 
 def geglu_backward(
-    grad: Tensor, gate_up: Tensor, inner_grad: Tensor | None, a: Tensor | None, out: Tensor
-) -> Tensor | None:
+    grad: Tensor,
+    gate_up: Tensor,
+    inner_grad: Tensor | None,
+    inner: Tensor | None,
+    ranks: tuple[int, int],
+    out: Tensor,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     rows, dim = grad.shape
-    rank = 0 if inner_grad is None else inner_grad.shape[1]
-    if inner_grad is not None and a is not None and rank > NARROW:
-        grad, a = torch.addmm(grad, inner_grad, a), None
+    after = 0 if inner_grad is None else inner_grad.shape[1]
+    before = (0, 0) if inner is None or max(ranks) > NARROW else ranks
     columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
     splits, length = _split(rows, _BACKWARD["ROWS"], 4, _PROGRAMS // columns)
-    sums = grad.new_empty(splits, rank, dim, dtype=torch.float32) if rank else None
+    sums = grad.new_empty(splits, after + sum(before), dim, dtype=torch.float32)
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner_grad, a, sums, rows, dim, length, out.stride(0), rank, _block(rank), **_BACKWARD
-    )
-    return None if sums is None else sums.sum(0)
-
-
-def pair_backward(
-    wide: Tensor, inner: Tensor, b: Tensor, ranks: tuple[int, int], scale: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    rows, r = inner.shape
-    dim, block = len(b) // 2, _block(*ranks)
-    columns = _PAIR_SUMS // block
-    strips = triton.cdiv(dim, columns)
-    splits, length = _split(rows, _PAIR["ROWS"], 8, _PROGRAMS // (4 * strips))
-    # What a strip of columns adds to the gradient of `inner`, and a part of the rows to those of the Bs.
-    make = wide.new_empty if r == sum(ranks) else wide.new_zeros
-    inner_parts = make(strips, rows, r, dtype=torch.float32)
-    b_parts = wide.new_empty(splits, block, 2 * dim, dtype=torch.float32)
-    _pair_backward[(2 * strips, splits)](
-        wide, inner, b, inner_parts, b_parts, wide.stride(0), rows, dim, length, r, *ranks, block,
-        COLUMNS=columns, **_PAIR,
+        grad, gate_up, out, inner_grad, inner, sums, rows, dim, length, out.stride(0),
+        0 if inner is None else inner.stride(0), after, *before, _block(after, *before), **_BACKWARD,
     )  # fmt: skip
-    scaled, room = torch.empty_like(inner), wide.shape[1] - 2 * dim
-    _sum_beside[(triton.cdiv(rows * room, 256),)](
-        inner_parts, scale, wide, scaled, rows, strips, 2 * dim, wide.stride(0), r, room, 256, num_warps=4
-    )
-    first, second = b_parts.sum(0).chunk(2, dim=1)
-    return scaled, (first[: ranks[0]].T, second[: ranks[1]].T)
+    grad_a, first, second = sums.sum(0).split([after, *before])
+    if inner is None:
+        return grad_a if after else None, None
+    grads_b = (first.T, second.T) if sum(before) else pointwise.pair_products(out, inner, ranks)
+    return grad_a if after else None, grads_b
 
 
 def rotate(
@@ -173,18 +179,25 @@ def _beside(
     right_stride,
     out_stride,
     start,
+    rows,
     size,
     rank,
     width,
     HAS_LEFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    at = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(right + row * right_stride + at - size, (at >= size) & (at < size + rank), 0.0)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    begin = start + tl.program_id(1) * COLUMNS
+    column = (begin + tl.arange(0, COLUMNS))[None, :]
+    there = row < rows
+    value = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
     if HAS_LEFT:
-        value += tl.load(left + row * left_stride + at, at < size, 0.0)
-    tl.store(out + row * out_stride + at, value, at < width)
+        value = tl.load(left + row * left_stride + column, there & (column < size), 0.0)
+    if begin + COLUMNS > size:
+        inside = (column >= size) & (column < size + rank)
+        value += tl.load(right + row * right_stride + column - size, there & inside, 0.0)
+    tl.store(out + row * out_stride + column, value, there & (column < width))
 
 
 @triton.jit
@@ -238,6 +251,75 @@ def _rms_norm_backward(
     if added is not None:
         result += tl.load(added + row * added_stride + at, inside, 0.0).to(tl.float32)
     tl.store(out + row * out_stride + at, result.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rms_norm_products(
+    grad,
+    x,
+    weight,
+    scales,
+    inner_grad,
+    inner,
+    products,
+    grad_stride,
+    stride,
+    inner_grad_stride,
+    inner_stride,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+):
+    """Of each row, the sum over the norm's output times its whole gradient; the low-rank part has it inside."""
+    row = tl.program_id(0).to(tl.int64)
+    at, rank = tl.arange(0, BLOCK), tl.arange(0, R_BLOCK)
+    inside = at < DIM
+    value = tl.load(x + row * stride + at, inside, 0.0).to(tl.float32)
+    slope = tl.load(grad + row * grad_stride + at, inside, 0.0).to(tl.float32)
+    slope *= 1 + tl.load(weight + at, inside, 0.0).to(tl.float32)
+    left = tl.load(inner_grad + row * inner_grad_stride + rank, rank < R, 0.0).to(tl.float32)
+    right = tl.load(inner + row * inner_stride + rank, rank < R, 0.0).to(tl.float32)
+    tl.store(products + row, tl.sum(slope * value) * tl.load(scales + row) + tl.sum(left * right))
+
+
+@triton.jit
+def _rms_norm_low_rank_backward(
+    grad,
+    x,
+    weight,
+    scales,
+    products,
+    added,
+    out,
+    inner_grad,
+    a,
+    grad_stride,
+    stride,
+    added_stride,
+    out_stride,
+    inner_grad_stride,
+    rows,
+    dim,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rank = tl.arange(0, R_BLOCK)
+    there = (row < rows) & (column < dim)
+    left = tl.load(inner_grad + row * inner_grad_stride + rank[None, :], (row < rows) & (rank[None, :] < R), 0.0)
+    right = tl.load(a + rank[:, None] * dim + column, (rank[:, None] < R) & (column < dim), 0.0)
+    slope = tl.load(grad + row * grad_stride + column, there, 0.0).to(tl.float32) + tl.dot(left, right)
+    slope *= 1 + tl.load(weight + column, column < dim, 0.0).to(tl.float32)
+    scale = tl.load(scales + row, row < rows, 0.0)
+    normed = tl.load(x + row * stride + column, there, 0.0).to(tl.float32) * scale
+    result = scale * (slope - normed * (tl.load(products + row, row < rows, 0.0) / dim))
+    if added is not None:
+        result += tl.load(added + row * added_stride + column, there, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -336,35 +418,21 @@ def _sum_turned(parts, out, rows, n, R: tl.constexpr, R_BLOCK: tl.constexpr, ROW
 
 
 @triton.jit
-def _sum_beside(
-    parts, scales, wide, scaled, rows, n, column, stride, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(n, rows, R) to `wide`, from `column` on, zeros behind; and, times each row's scale, to `scaled`."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, rank = at // ROOM, at % ROOM
-    inside = (row < rows) & (rank < R)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(n):
-        total += tl.load(parts + (tl.cast(i, tl.int64) * rows + row) * R + rank, inside, 0.0)
-    tl.store(wide + row.to(tl.int64) * stride + column + rank, total.to(wide.dtype.element_ty), row < rows)
-    if scales is not None:
-        total *= tl.load(scales + row, row < rows, 0.0)
-    tl.store(scaled + row * R + rank, total.to(scaled.dtype.element_ty), inside)
-
-
-@triton.jit
 def _geglu_backward(
     grad,
     gate_up,
     out,
     inner_grad,
-    a,
-    target,
+    inner,
+    sums,
     rows,
     dim,
     length,
     out_stride,
-    R: tl.constexpr,
+    inner_stride,
+    AFTER: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
     R_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -373,16 +441,16 @@ def _geglu_backward(
     column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R_BLOCK)[:, None]
     split = tl.program_id(1)
     element = out.dtype.element_ty
-    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+    after = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+    of_gate, of_up = after, after
     local = tl.arange(0, ROWS)
     # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
     inside = column[None, :] < dim
     at = local[:, None] * (2 * dim) + column[None, :]
     grad_at = local[:, None] * dim + column[None, :]
     out_at = local[:, None] * out_stride + column[None, :]
-    inner_at = local[None, :] * R + rank
-    if a is not None:
-        right = tl.load(a + rank * dim + column[None, :], (rank < R) & inside, 0.0)
+    after_at = local[None, :] * AFTER + rank
+    inner_at = local[None, :] * inner_stride + rank
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
         first = tl.cast(start, tl.int64)
         left = rows - start
@@ -391,55 +459,27 @@ def _geglu_backward(
         gate = tl.load(tile + at, there, 0.0).to(tl.float32)
         up = tl.load(tile + dim + at, there, 0.0).to(tl.float32)
         slope = tl.load(grad + first * dim + grad_at, there, 0.0).to(tl.float32)
-        if R > 0:
-            inner = tl.load(inner_grad + first * R + inner_at, (local[None, :] < left) & (rank < R), 0.0)
-            if a is not None:
-                slope += tl.dot(tl.trans(inner), right)
         gelu, gelu_slope = _gelu(gate)
-        tl.store(out_tile + out_at, (slope * up * gelu_slope).to(element), there)
-        tl.store(out_tile + dim + out_at, (slope * gelu).to(element), there)
-        if R > 0:
-            total = tl.dot(inner, (gelu * up).to(element), total)
-    if R > 0:
-        tl.store(target + (split * R + rank).to(tl.int64) * dim + column[None, :], total, (rank < R) & inside)
-
-
-@triton.jit
-def _pair_backward(
-    grad,
-    inner,
-    b,
-    inner_parts,
-    b_parts,
-    stride,
-    rows,
-    dim,
-    length,
-    R: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One program: some columns of one of the two, one part of the rows."""
-    strips, split = tl.cdiv(dim, COLUMNS), tl.program_id(1)
-    second, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
-    local, rank = strip * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
-    inside, own = local < dim, rank < tl.where(second == 0, FIRST, SECOND)
-    column, place = second * dim + local, second * FIRST + rank
-    right = tl.load(b + column[:, None] * R + place[None, :], inside[:, None] & own[None, :], 0.0)
-    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for start in range(split * length, min((split + 1) * length, rows), ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        there = row < rows
-        tile = tl.load(grad + row[:, None] * stride + column[None, :], there[:, None] & inside[None, :], 0.0)
-        left = tl.load(inner + row[None, :] * R + place[:, None], there[None, :] & own[:, None], 0.0)
-        total = tl.dot(left, tile, total)
-        target = inner_parts + (strip * rows + row)[:, None] * R + place[None, :]
-        tl.store(target, tl.dot(tile, right), there[:, None] & own[None, :])
-    target = b_parts + (split * BLOCK + rank[:, None]).to(tl.int64) * (2 * dim) + column[None, :]
-    tl.store(target, total, inside[None, :])
+        gate_grad, up_grad = (slope * up * gelu_slope).to(element), (slope * gelu).to(element)
+        tl.store(out_tile + out_at, gate_grad, there)
+        tl.store(out_tile + dim + out_at, up_grad, there)
+        row_there = local[None, :] < left
+        if AFTER > 0:
+            factor = tl.load(inner_grad + first * AFTER + after_at, row_there & (rank < AFTER), 0.0)
+            after = tl.dot(factor, (gelu * up).to(element), after)
+        if GATE > 0:
+            factor = tl.load(inner + first * inner_stride + inner_at, row_there & (rank < GATE), 0.0)
+            of_gate = tl.dot(factor, gate_grad, of_gate)
+        if UP > 0:
+            factor = tl.load(inner + first * inner_stride + GATE + inner_at, row_there & (rank < UP), 0.0)
+            of_up = tl.dot(factor, up_grad, of_up)
+    target = sums + (split * (AFTER + GATE + UP) + rank).to(tl.int64) * dim + column[None, :]
+    if AFTER > 0:
+        tl.store(target, after, (rank < AFTER) & inside)
+    if GATE > 0:
+        tl.store(target + AFTER * dim, of_gate, (rank < GATE) & inside)
+    if UP > 0:
+        tl.store(target + (AFTER + GATE) * dim, of_up, (rank < UP) & inside)
 
 
 @triton.jit
