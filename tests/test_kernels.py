@@ -1,5 +1,7 @@
 """The fused functions: value and every gradient against the plain modules in float64, rounding no worse than theirs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,23 @@ def test_an_input_that_needs_no_gradient_gets_none_and_the_adapters_do():
     mlp = Mlp((4, 4, 4))
     kernels.feed_forward(torch.randn(3, 16, dtype=torch.float64), mlp).sum().backward()
     assert all(p.grad is not None for p in mlp.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 8, 9])
+def test_a_product_by_whole_waves_is_the_product(monkeypatch, rows):
+    monkeypatch.setattr(kernels, "_rows_of_a_wave", lambda *_: 4)
+    left, right = torch.randn(rows, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(kernels._whole_waves(left, right), left @ right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("units", "columns", "rows"),
+    [(132, 2112, 2304), (132, 2048, 2304), (132, 1088, 4224), (132, 2688, 0), (108, 2112, 0)],
+)
+def test_a_wave_is_a_tile_for_every_multiprocessor(monkeypatch, units, columns, rows):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=units))
+    assert kernels._rows_of_a_wave(columns, torch.device("cuda")) == rows
+    assert kernels._rows_of_a_wave(columns, torch.device("cpu")) == 0
 
 
 def test_bfloat16_is_no_further_from_float64_than_the_plain_modules():
