@@ -216,7 +216,7 @@ class _FeedForward(torch.autograd.Function):
         totals, x_grads = _Totals(), []
         ranks = len(matrices_a[0]), len(matrices_a[1])
         for rows, out_grad in ((x, grad),) if ctx.keep else _chunks(x, grad):
-            gate_up, inner, scale, hidden = kept or (*first(rows, norm, ctx.eps), None)
+            gate_up, inner, scale, hidden = cast(Sequence[Any], kept or (*first(rows, norm, ctx.eps), None))
             if last.a is not None and hidden is None:
                 hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.narrow)
             hidden_grad = last.hidden_grad(out_grad)
@@ -227,14 +227,15 @@ class _FeedForward(torch.autograd.Function):
             b_gate, b_up = pair or (None, None)
             b_last = None if hidden is None else out_grad.T @ hidden
             totals.add(a_last=a_last, b_last=b_last, b_gate=b_gate, b_up=b_up)
-            x_grad, through = first.backward_apart(gate_up_grad, inner)
-            if through is not None:
-                totals.add(a_first=_after_norm(pointwise.scaled(through.inner_grad, scale).T @ rows, norm))
-            if ctx.needs_input_grad[0]:
+            inner_grad, x_grad = first.backward_apart(gate_up_grad, wanted=ctx.needs_input_grad[0])
+            through = None
+            if inner_grad is not None:
+                totals.add(a_first=_after_norm(pointwise.scaled(inner_grad, scale).T @ rows, norm))
+                through = pointwise.LowRank(inner_grad, cast(Tensor, first.narrow), inner)
+            if x_grad is not None:
                 if norm is not None:
-                    known = rows, norm, cast(Tensor, scale)
                     out = _with_room(rows, *rows.shape)
-                    x_grad = pointwise.rms_norm_backward(x_grad, *known, out_grad, out, through)
+                    x_grad = pointwise.rms_norm_backward(x_grad, rows, norm, scale, out_grad, out, through)
                 elif through is not None:
                     x_grad = torch.addmm(x_grad, through.inner_grad, through.a)
                 x_grads.append(x_grad)
@@ -317,12 +318,12 @@ class _Stacked:
             return grad @ _cat(self.weights)
         return _beside(grad, hidden_grad) @ _cat([*self.weights, self.a])
 
-    def backward_apart(self, grad: Tensor, inner: Tensor | None) -> tuple[Tensor, pointwise.LowRank | None]:
-        """The same from the output's gradient and what the adapters have inside, with their part left to be added."""
-        if self.a is None or self.b is None or inner is None:
-            return grad @ _cat(self.weights), None
-        both, r = _whole_waves(grad, _widened(self.weights, self.b, len(self.a))), self.b.shape[1]
-        return both[:, : self.size], pointwise.LowRank(both[:, self.size : self.size + r], self.a[:r], inner)
+    def backward_apart(self, grad: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        """`hidden_grad`, and in the same product, where wanted, the input's gradient but for the adapters' part."""
+        if self.b is None or not wanted:
+            return self.hidden_grad(grad), grad @ _cat(self.weights) if wanted else None
+        both = _whole_waves(grad, _beside_weights(self.weights, self.b))
+        return both[:, self.size : self.size + self.b.shape[1]], both[:, : self.size]
 
     @property
     def narrow(self) -> Tensor | None:
@@ -344,13 +345,12 @@ class _Stacked:
         return wide, wide[:, :size]
 
     def _product(self, wide: Tensor) -> Tensor:
-        weights = _cat(self.weights) if self.b is None else _widened(self.weights, self.b, wide.shape[1] - self.size)
-        return wide @ weights.T
+        return wide @ (_cat(self.weights) if self.b is None else _beside_weights(self.weights, self.b)).T
 
 
-def _widened(weights: Sequence[Tensor], b: Tensor, room: int) -> Tensor:
-    """`[ W | B | 0 ]`, of so many columns beside W."""
-    wide = b.new_empty(len(b), weights[0].shape[1] + room)
+def _beside_weights(weights: Sequence[Tensor], b: Tensor) -> Tensor:
+    """`[ W | B | 0 ]`, of weights under one another."""
+    wide = b.new_empty(len(b), weights[0].shape[1] + pointwise.padded(b.shape[1]))
     for part, offset in zip(weights, _offsets([len(part) for part in weights]), strict=True):
         own = slice(offset, offset + len(part))
         pointwise.beside(part, b[own], wide[own])

@@ -54,25 +54,22 @@ def rms_norm_backward(
     low_rank: pointwise.LowRank | None,
 ) -> None:
     rows, dim = x.shape
-    if low_rank is not None and len(low_rank.a) > 2 * NARROW:
+    if low_rank is not None and len(low_rank.a) > 2 * NARROW:  # It is of two adapters, gate's and up's.
         grad, low_rank = torch.addmm(grad, low_rank.inner_grad, low_rank.a), None
     block = triton.next_power_of_2(dim)
-    strides = (0 if added is None else added.stride(0), out.stride(0))
+    strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0), out.stride(0))
     if low_rank is None:
-        _rms_norm_backward[(rows,)](
-            grad, x, weight, scale, added, out, grad.stride(0), x.stride(0), *strides, dim, block, num_warps=8
-        )
+        _rms_norm_backward[(rows,)](grad, x, weight, scale, added, out, *strides, dim, block, num_warps=8)
         return
     inner_grad, a, inner = low_rank
-    products = torch.empty_like(scale)
-    r = _block(len(a))
+    products, r = torch.empty_like(scale), _block(len(a))
     _rms_norm_products[(rows,)](
-        grad, x, weight, scale, inner_grad, inner, products, grad.stride(0), x.stride(0), inner_grad.stride(0),
-        inner.stride(0), dim, block, len(a), r, num_warps=8,
+        grad, x, weight, scale, inner_grad, inner, products, *strides[:2], inner_grad.stride(0), inner.stride(0),
+        dim, block, len(a), r, num_warps=8,
     )  # fmt: skip
     _rms_norm_low_rank_backward[(triton.cdiv(dim, _ADD["COLUMNS"]), triton.cdiv(rows, _ADD["ROWS"]))](
-        grad, x, weight, scale, products, added, out, inner_grad, a, grad.stride(0), x.stride(0), *strides,
-        inner_grad.stride(0), rows, dim, len(a), r, **_ADD,
+        grad, x, weight, scale, products, added, out, inner_grad, a, *strides, inner_grad.stride(0), rows, dim,
+        len(a), r, **_ADD,
     )  # fmt: skip
 
 
