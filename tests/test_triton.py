@@ -67,12 +67,18 @@ def call_all(kernels, width, dim, rank):
     r = -(-rank // 16) * 16
     both = -(-2 * rank // 16) * 16
     x, gate_up = make(ROWS, width), make(ROWS, 2 * dim)
-    kernels.place(make(rank, width, dtype=torch.float32), make(dim, rank, dtype=torch.float32), 1.0, x, make(dim, r), 0)
-    kernels.beside(x, make(ROWS, r), make(ROWS, width + -(-r // 64) * 64), width)
+    a, b = make(rank, width, dtype=torch.float32), make(dim, rank, dtype=torch.float32)
+    for n in (1, 2, 3):
+        kernels.place(n * [a], n * [b], n * [1.0], make(n * rank + 8, width), make(n * dim, n * rank))
+        kernels.beside(n * [x], make(n * ROWS, r), make(n * ROWS, width + pointwise.padded(r)), width)
     scale = kernels.rms_norm(x, make(width), 1e-6, make(ROWS, width))
     low_rank = pointwise.LowRank(make(ROWS, both), make(both, width), make(ROWS, both))
     for rest in (low_rank, None):
         kernels.rms_norm_backward(x, x, make(width), scale, x, make(ROWS, width), rest)
+    for n in (1, 3):
+        kernels.adapter_gradients(
+            make(ROWS, n * 256), make(n * 256, n * r), make(ROWS, n * r), n * [256], n * [rank], make(ROWS, 64)
+        )
     kernels.add_low_rank(x, x, make(ROWS, r), make(width, r), make(ROWS, width))
     for a, after, inner in ((make(r, dim), make(ROWS, r), make(ROWS, both)), (None, None, None)):
         kernels.geglu(gate_up, make(ROWS, dim), a)
@@ -84,9 +90,10 @@ def call_all(kernels, width, dim, rank):
 
 @pytest.mark.parametrize("rank", [32, 256])
 @pytest.mark.parametrize("gpu", TARGETS)
-def test_kernels_fit_every_gpu_that_is_given_them(compiled, gpu, rank):
+def test_kernels_fit_every_gpu_that_is_given_them(compiled, monkeypatch, gpu, rank):
     from openpi_lora_patch.lora import triton_kernels
 
+    monkeypatch.setattr(triton_kernels, "MANY_ROWS", 0)
     capability, limit = TARGETS[gpu]
     if capability >= 100 and VERSION < (3, 3):
         pytest.skip("Triton before 3.3 does not know this GPU")
@@ -94,7 +101,7 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, gpu, rank):
     call_all(triton_kernels, 2048, 16384, rank)
     names = {name for name, _ in found}
     assert names >= {"_place", "_beside", "_geglu", "_geglu_backward", "_add_low_rank", "_rms_norm", "_rotate"}
-    narrow = {"_geglu_adapted", "_rms_norm_products", "_rms_norm_low_rank_backward"}
+    narrow = {"_adapter_gradients", "_geglu_adapted", "_rms_norm_products", "_rms_norm_low_rank_backward"}
     assert names & narrow == (narrow if rank <= triton_kernels.NARROW else set())
     assert not [(name, shared) for name, shared in found if shared > limit * 1024]
 
@@ -119,12 +126,14 @@ def test_the_interpreter_computes_what_plain_torch_does():
         [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compared", "60"]
+    assert done.stdout.split() == ["compared", "88"]
 
 
 def compare(rows, dim, rank, ranks):
     """Each of `triton_kernels` beside that of `pointwise`; float16, as the interpreter has no products in bfloat16."""
     from openpi_lora_patch.lora import triton_kernels
+
+    triton_kernels.MANY_ROWS = 0
 
     def make(*shape, std=1.0, dtype=torch.float16):
         return (torch.randn(shape) * std).to(dtype)
@@ -140,7 +149,9 @@ def compare(rows, dim, rank, ranks):
     normed, first_a = torch.empty(rows, dim), make(both, dim, std=0.1)
     pointwise.rms_norm(grad, weight, 1e-6, normed)
     low_rank = pointwise.LowRank(wide[:, dim:], first_a, (normed @ first_a.float().T).half())
-    adapter = torch.randn(ranks[0], dim), torch.randn(dim, ranks[0])
+    places = [(ranks[0], dim), (ranks[0] + 5, dim + 7), (ranks[0] + 2, 8)]
+    matrices_a, matrices_b = [torch.randn(r, dim) for r, _ in places], [torch.randn(n, r) for r, n in places]
+    many, many_b = make(rows, 1000), make(512, 32, std=0.1)
     packed, angle = make(2, 5, 6, 8), torch.randn(2, 7, 4).repeat(1, 1, 2)
 
     def results(module):
@@ -151,18 +162,27 @@ def compare(rows, dim, rank, ranks):
             target = room(rows, 2 * dim + 64)
             grad_a, grads_b = module.geglu_backward(grad, gate_up, after, before, ranks, target[:, : 2 * dim])
             yield grad_a, *(grads_b or (None, None)), target
-        for left in (grad, None):
+        for left in ((grad,), (), grad.split(rows - 9), (grad[:3], grad[3:10], grad[10:])):
             target = room(rows, dim + 64)
             module.beside(left, hidden, target, *([dim] if module is triton_kernels else []))
             yield (target,)
-        stacks = room(ranks[0] + 3, dim), room(dim, 64)
-        module.place(*adapter, 0.5, *stacks, 3)
-        yield stacks
+        for n in (1, 2, 3):
+            stacks = room(3 * (ranks[0] + 5), dim), room(3 * (dim + 7), 200)[: sum(len(b) for b in matrices_b[:n])]
+            module.place(matrices_a[:n], matrices_b[:n], (0.5, 1.0, 2.0)[:n], *stacks)
+            yield stacks
         norm = module.rms_norm(grad, weight, 1e-6, out[2][:, :dim])
         yield norm, out[2]
         for added, rest in ((grad, None), (None, None), (grad, low_rank), (None, low_rank)):
             module.rms_norm_backward(wide[:, :dim], grad, weight, norm, added, out[3][:, :dim], rest)
             yield (out[3].clone(),)
+        for sizes in ([dim], [512, 256, 200], [256, 256]):
+            r, out_grad = min(ranks[0], 32), many[:, : sum(sizes)]
+            target, stack = room(rows, 160), torch.block_diag(*(many_b[:size, :r] for size in sizes))
+            own = len(sizes) * r
+            yield (
+                *module.adapter_gradients(out_grad, stack, many[:, :own], sizes, len(sizes) * [r], target[:, :128]),
+                target,
+            )
         heads = tuple(torch.zeros(2, 7, n, 8, dtype=torch.float16) for n in (4, 1, 1))
         turn = (packed, angle.cos().half(), angle.sin().half(), heads, 2, 2)
         module.rotate(*turn, *([False] if module is triton_kernels else []))

@@ -166,13 +166,13 @@ class _Projection(torch.autograd.Function):
         x, norm, scale, hidden, a, b, *tensors = _saved(ctx)
         weights, matrices_a, matrices_b = _thirds(tensors)
         linear = _Stacked(weights, a, b)
-        hidden_grad = linear.hidden_grad(grad)
-        grads_a, grads_b, x_grad = [None] * len(weights), [None] * len(weights), None
-        if hidden_grad is not None:
+        grads_a, grads_b, wide, x_grad = [None] * len(weights), [None] * len(weights), grad, None
+        if hidden is not None:
+            wide, hidden_grad, of_b = linear.gradients(grad, hidden, matrices_b)
             grads_a = _unstack(_after_norm(pointwise.scaled(hidden_grad, scale).T @ x, norm), matrices_a)
-            grads_b = _unblock(grad.T @ hidden, matrices_b, ctx.scalings)
+            grads_b = _scaled(of_b, matrices_b, ctx.scalings)
         if ctx.needs_input_grad[0]:
-            x_grad = linear.backward(grad, hidden_grad)
+            x_grad = linear.backward(wide)
             if norm is not None:
                 out = _with_room(x, *x.shape)
                 x_grad = pointwise.rms_norm_backward(x_grad, x, norm, scale, added, out)
@@ -219,13 +219,14 @@ class _FeedForward(torch.autograd.Function):
             gate_up, inner, scale, hidden = cast(Sequence[Any], kept or (*first(rows, norm, ctx.eps), None))
             if last.a is not None and hidden is None:
                 hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.narrow)
-            hidden_grad = last.hidden_grad(out_grad)
-            activation_grad = last.backward(out_grad, hidden_grad)
+            wide, hidden_grad, (b_last,) = out_grad, None, (None,)
+            if hidden is not None:
+                wide, hidden_grad, (b_last,) = last.gradients(out_grad, hidden, matrices_b[2:])
+            activation_grad = last.backward(wide)
             gate_up_grad = torch.empty_like(gate_up)
             a_last, pair = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, inner, ranks, gate_up_grad)
             del activation_grad, gate_up
             b_gate, b_up = pair or (None, None)
-            b_last = None if hidden is None else out_grad.T @ hidden
             totals.add(a_last=a_last, b_last=b_last, b_gate=b_gate, b_up=b_up)
             inner_grad, x_grad = first.backward_apart(gate_up_grad, wanted=ctx.needs_input_grad[0])
             through = None
@@ -240,10 +241,7 @@ class _FeedForward(torch.autograd.Function):
                     x_grad = torch.addmm(x_grad, through.inner_grad, through.a)
                 x_grads.append(x_grad)
         grads_a = [*_unstack(totals["a_first"], matrices_a[:2]), *_unstack(totals["a_last"], matrices_a[2:])]
-        grads_b = [
-            _unblock(totals[name], [b], [scaling])[0]
-            for name, b, scaling in zip(("b_gate", "b_up", "b_last"), matrices_b, ctx.scalings, strict=True)
-        ]
+        grads_b = _scaled([totals[name] for name in ("b_gate", "b_up", "b_last")], matrices_b, ctx.scalings)
         x_total = torch.cat(x_grads) if len(x_grads) > 1 else x_grads[0] if x_grads else None
         return x_total, None, None, None, None, None, None, None, *grads_a, *grads_b
 
@@ -283,17 +281,18 @@ class _Stacked:
             return cls(weights, None, None)
         a = matrices_a[0].new_empty(pointwise.padded(sum(ranks)), matrices_a[0].shape[1], dtype=dtype)
         b = a.new_empty(sum(len(b) for b in matrices_b), -(-sum(ranks) // 16) * 16)
-        rows, columns = _offsets([len(b) for b in matrices_b]), _offsets(ranks)
-        for i, (part_a, part_b) in enumerate(zip(matrices_a, matrices_b, strict=True)):
-            own_a = a[columns[i] :] if i == len(ranks) - 1 else a[columns[i] : columns[i + 1]]
-            pointwise.place(part_a, part_b, scalings[i], own_a, b[rows[i] : rows[i] + len(part_b)], columns[i])
+        pointwise.place(matrices_a, matrices_b, scalings, a, b)
         return cls(weights, a, b)
 
     def __call__(self, x: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of `norm(x)`, (rows, in), the output (rows, out), what the adapters have inside, (rows, r), and 1 / rms."""
         if norm is None:
             hidden = self.hidden(x)
-            return self._product(x if hidden is None else _beside(x, hidden)), hidden, None
+            if hidden is None:
+                return self._product(x), None, None
+            wide, _ = self.room(len(x), self.size)
+            pointwise.beside((x,), hidden, wide)
+            return self._product(wide), hidden, None
         wide, inputs = self.room(len(x), self.size)
         scale = pointwise.rms_norm(x, norm, eps, inputs)
         hidden = self.hidden(inputs)
@@ -309,14 +308,23 @@ class _Stacked:
     def product(self, wide: Tensor, hidden: Tensor | None) -> Tensor:
         """The output, from `room` whose part for x is filled."""
         if hidden is not None:
-            pointwise.beside(None, hidden, wide)
+            pointwise.beside((), hidden, wide)
         return self._product(wide)
 
-    def backward(self, grad: Tensor, hidden_grad: Tensor | None) -> Tensor:
-        """From the output's gradient (rows, out) and `hidden_grad` to the input's (rows, in)."""
-        if hidden_grad is None or self.a is None:
-            return grad @ _cat(self.weights)
-        return _beside(grad, hidden_grad) @ _cat([*self.weights, self.a])
+    def gradients(
+        self, grad: Tensor, hidden: Tensor, matrices_b: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """`[ y_grad | y_grad B | 0 ]` for `backward`, its middle, (rows, r), and the gradient of each B, not scaled."""
+        b = cast(Tensor, self.b)
+        wide = _roomy(grad, self.out + pointwise.padded(b.shape[1]))
+        left, right = wide[:, : self.out], wide[:, self.out :]
+        sizes, ranks = ([matrix.shape[axis] for matrix in matrices_b] for axis in (0, 1))
+        of_b = pointwise.adapter_gradients(left, b, hidden, sizes, ranks, right)
+        return wide, right[:, : b.shape[1]], of_b
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """From the output's gradient, (rows, out), with an adapter what `gradients` made of it, to the input's."""
+        return grad @ _cat(self.weights if self.a is None else [*self.weights, self.a])
 
     def backward_apart(self, grad: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
         """`hidden_grad`, and in the same product, where wanted, the input's gradient but for the adapters' part."""
@@ -351,9 +359,7 @@ class _Stacked:
 def _beside_weights(weights: Sequence[Tensor], b: Tensor) -> Tensor:
     """`[ W | B | 0 ]`, of weights under one another."""
     wide = b.new_empty(len(b), weights[0].shape[1] + pointwise.padded(b.shape[1]))
-    for part, offset in zip(weights, _offsets([len(part) for part in weights]), strict=True):
-        own = slice(offset, offset + len(part))
-        pointwise.beside(part, b[own], wide[own])
+    pointwise.beside(weights, b, wide)
     return wide
 
 
@@ -390,22 +396,23 @@ def _after_norm(product: Tensor, norm: Tensor | None) -> Tensor:
 
 
 def _with_room(like: Tensor, rows: int, size: int) -> Tensor:
-    """(rows, size), uninitialised: the left of a wider tensor, whose other columns are for `_beside`."""
+    """(rows, size), uninitialised: the left of a wider tensor, whose other columns are for what adapters have."""
     wide = like.new_empty(rows, size + pointwise.padded(1))
     wide.has_room = True  # type: ignore[attr-defined]
     return wide[:, :size]
 
 
-def _beside(x: Tensor, right: Tensor) -> Tensor:
-    """`[ x | right | 0 ]`; without a copy of x, (rows, size), from `_with_room`, as the gradients made here are."""
-    width = x.shape[1] + pointwise.padded(right.shape[1])
+def _roomy(x: Tensor, width: int) -> Tensor:
+    """(rows, width) whose left is x, (rows, size); not a copy where x is from `_with_room`, as gradients made here are.
+
+    What is right of x is nothing yet.
+    """
     wide: Any = x._base
     if getattr(wide, "has_room", False) and wide.shape == (len(x), width) and wide.stride() == x.stride():
-        pointwise.beside(None, right, wide)
-        return wide
+        return cast(Tensor, wide)
     wide = x.new_empty(len(x), width)
-    pointwise.beside(x, right, wide)
-    return wide
+    wide[:, : x.shape[1]].copy_(x)
+    return cast(Tensor, wide)
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
@@ -461,25 +468,14 @@ def _unstack(grad: Tensor | None, matrices: Sequence[Tensor]) -> list[Any]:
     """Each A's gradient, out of that of the stack."""
     if grad is None:
         return [None] * len(matrices)
-    parts = grad[: sum(len(a) for a in matrices)].split([len(a) for a in matrices])
-    return [part.to(a.dtype) for part, a in zip(parts, matrices, strict=True)]
+    ranks = [len(a) for a in matrices]
+    whole = grad[: sum(ranks)].to(max(matrices, key=len).dtype)  # All at once: there is one dtype, but for no adapter.
+    return list(whole.split(ranks))
 
 
-def _unblock(grad: Tensor | None, matrices: Sequence[Tensor], scalings: Sequence[float]) -> list[Any]:
-    """Each B's gradient, out of that of the block diagonal."""
-    if grad is None:
-        return [None] * len(matrices)
-    blocks = _blocks(grad, matrices)
+def _scaled(grads: Sequence[Tensor | None], matrices: Sequence[Tensor], scalings: Sequence[float]) -> list[Any]:
+    """The gradients of Bs, from those of the scaled ones."""
     return [
-        block.to(b.dtype) if scaling == 1 else block.to(b.dtype) * scaling
-        for b, block, scaling in zip(matrices, blocks, scalings, strict=True)
-    ]
-
-
-def _blocks(diagonal: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The places of `matrices` on a block diagonal."""
-    rows, columns = (_offsets([b.shape[axis] for b in matrices]) for axis in (0, 1))
-    return [
-        diagonal[row : row + b.shape[0], column : column + b.shape[1]]
-        for b, row, column in zip(matrices, rows, columns, strict=True)
+        grad if grad is None else grad.to(b.dtype) if scaling == 1 else grad.to(b.dtype) * scaling
+        for grad, b, scaling in zip(grads, matrices, scalings, strict=True)
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,27 +47,27 @@ def has_triton() -> bool:
         if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
             raise RuntimeError(f"it is {triton.__version__}, and has to be 3.2 or newer")
         row = torch.ones(1, 64, device="cuda")
-        _triton().beside(None, row, torch.empty_like(row), 0)
+        _triton().beside((), row, torch.empty_like(row), 0)
     except Exception as error:
         logger.warning("Triton is not used, plain torch does its part: %s: %s", type(error).__name__, error)
         return False
     return True
 
 
-def beside(left: Tensor | None, right: Tensor, out: Tensor) -> None:
-    """`out = [left | right | 0]`, row by row; with `left` None its part of `out` stays as it is.
+def beside(left: Sequence[Tensor], right: Tensor, out: Tensor) -> None:
+    """`out = [left | right | 0]`, row by row; without any `left` its part of `out` stays as it is.
 
     Args:
-        left: (rows, size).
+        left: (..., size) each, under one another, of all rows together.
         right: (rows, r).
         out: (rows, width), contiguous; `right` begins at the last multiple of 64 that leaves it room.
     """
     size = out.shape[1] - padded(right.shape[1])
-    if _by_triton(out):
+    if _by_triton(out) and len(left) <= 3:
         _triton().beside(left, right, out, size)
         return
-    if left is not None:
-        out[:, :size].copy_(left)
+    if left:
+        torch.cat(list(left), out=out[:, :size])
     out[:, size : size + right.shape[1]].copy_(right)
     out[:, size + right.shape[1] :].zero_()
 
@@ -76,20 +77,32 @@ def padded(rank: int) -> int:
     return -(-rank // 64) * 64
 
 
-def place(a: Tensor, b: Tensor, scaling: float, stacked_a: Tensor, stacked_b: Tensor, column: int) -> None:
-    """One adapter's matrices into its rows of the stacks; zeros into what else these rows have.
+def place(
+    matrices_a: Sequence[Tensor],
+    matrices_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    stacked_a: Tensor,
+    stacked_b: Tensor,
+) -> None:
+    """The As under one another, the scaled Bs on a diagonal, and zeros into what else there is.
 
     Args:
-        a: (r, in), in any dtype, to the top of `stacked_a`, (r or more, in), contiguous.
-        b: (out, r), times `scaling`, to the columns of `stacked_b`, (out, width), contiguous, from `column` on.
+        matrices_a: (rank, in) each, in any dtype.
+        matrices_b: (out, rank) each.
+        scalings: of each B.
+        stacked_a: (the sum of the ranks or more, in), contiguous.
+        stacked_b: (the sum of the outs, the sum of the ranks or more), contiguous.
     """
-    if _by_triton(stacked_a):
-        _triton().place(a, b, scaling, stacked_a, stacked_b, column)
+    if _by_triton(stacked_a) and len(matrices_a) <= 3:
+        _triton().place(matrices_a, matrices_b, scalings, stacked_a, stacked_b)
         return
     for stacked in (stacked_a, stacked_b):
         stacked.zero_()
-    stacked_a[: len(a)] = a
-    stacked_b[:, column : column + b.shape[1]] = b * scaling
+    row, column = 0, 0
+    for a, b, scaling in zip(matrices_a, matrices_b, scalings, strict=True):
+        stacked_a[column : column + len(a)] = a
+        stacked_b[row : row + len(b), column : column + len(a)] = b * scaling
+        row, column = row + len(b), column + len(a)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -182,7 +195,8 @@ def geglu_backward(
     Args:
         grad: of the output, (rows, dim).
         gate_up: the input, (rows, 2 * dim).
-        inner_grad: (rows, r), contiguous, gradient of what the adapter after `geglu` has inside; None without one.
+        inner_grad: (rows, r), with any row stride, gradient of what the adapter after `geglu` has inside; None without
+            one.
         inner: (rows, the sum of `ranks` or more), what the adapters of gate and up have inside, one beside the other;
             None without any.
         ranks: of these two.
@@ -207,6 +221,30 @@ def pair_products(grad: Tensor, inner: Tensor, ranks: tuple[int, int]) -> tuple[
     """`gate.T @ first, up.T @ second`, of `grad`, (rows, 2 * dim), and `inner`, as `geglu_backward` has them."""
     (gate, up), (first, second, _) = grad.chunk(2, dim=1), inner.split([*ranks, inner.shape[1] - sum(ranks)], dim=1)
     return gate.T @ first, up.T @ second
+
+
+def adapter_gradients(
+    grad: Tensor, b: Tensor, inner: Tensor, sizes: Sequence[int], ranks: Sequence[int], out: Tensor
+) -> list[Tensor]:
+    """Gradients of what adapters side by side have inside, `out = [grad @ b | 0]`, and of their Bs, which it returns.
+
+    Args:
+        grad: of their outputs, (rows, the sum of `sizes`), a view with any row stride.
+        b: (the sum of `sizes`, r), the Bs on its diagonal.
+        inner: (rows, r), what they have inside, one beside the other.
+        sizes: how many outputs each has.
+        ranks: of each.
+        out: (rows, r or more), a view with any row stride.
+
+    Returns:
+        Of each B, not yet scaled, (size, rank).
+    """
+    if _by_triton(grad) and (products := _triton().adapter_gradients(grad, b, inner, sizes, ranks, out)) is not None:
+        return cast("list[Tensor]", products)
+    torch.mm(grad, b, out=out[:, : b.shape[1]])
+    out[:, b.shape[1] :].zero_()
+    rows, columns = grad.split(list(sizes), dim=1), inner[:, : sum(ranks)].split(list(ranks), dim=1)
+    return [part.T @ own for part, own in zip(rows, columns, strict=True)]
 
 
 def rotate(packed: Tensor, cos: Tensor, sin: Tensor, whole: Whole, offset: int, query_offset: int) -> None:

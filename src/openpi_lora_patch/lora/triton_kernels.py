@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence, Sized
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,25 +18,37 @@ from .pointwise import Whole
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` and of `_rms_norm_low_rank_backward`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
+_PAIR = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}  # A tile of `_adapter_gradients`.
 _PROGRAMS = 2048  # Enough to fill any GPU several times.
+_RESIDENT = 264  # Two for each multiprocessor of an H100 or H200, where each program more costs a sum to write.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
+MANY_ROWS = 4096  # From here on GEGLU takes the adapter after it along; programs for fewer would not fill a GPU.
 NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
-def beside(left: Tensor | None, right: Tensor, out: Tensor, size: int) -> None:
+def beside(left: Sequence[Tensor], right: Tensor, out: Tensor, size: int) -> None:
     rows, width = out.shape
-    start, tile = (size, (16, 64)) if left is None else (0, (8, 1024))
-    strides = (0 if left is None else left.stride(0), right.stride(0), out.stride(0))
+    start, tile = (0, (8, 1024)) if left else (size, (16, 64))
+    first, second = _ends(left, rows)
     _beside[(triton.cdiv(rows, tile[0]), triton.cdiv(width - start, tile[1]))](
-        left, right, out, *strides, start, rows, size, right.shape[1], width, left is not None, *tile, num_warps=4
-    )
+        *_three(left), right, out, *_three([part.stride(0) for part in left]), right.stride(0), out.stride(0), first,
+        second, start, rows, size, right.shape[1], width, len(left), *tile, num_warps=4,
+    )  # fmt: skip
 
 
-def place(a: Tensor, b: Tensor, scaling: float, stacked_a: Tensor, stacked_b: Tensor, column: int) -> None:
-    sizes = a.numel(), stacked_a.numel(), stacked_b.numel()
-    _place[(triton.cdiv(max(sizes[1:]), 1024), 2)](
-        a.contiguous(), b.contiguous(), stacked_a, stacked_b, *sizes, b.shape[1], column, stacked_b.shape[1], scaling,
-        1024, num_warps=4,
+def place(
+    matrices_a: Sequence[Tensor],
+    matrices_b: Sequence[Tensor],
+    scalings: Sequence[float],
+    stacked_a: Tensor,
+    stacked_b: Tensor,
+) -> None:
+    largest = max(stacked_a.numel(), *(len(b) * stacked_b.shape[1] for b in matrices_b))
+    _place[(triton.cdiv(largest, 1024), 2, len(matrices_a))](
+        *_three([a.contiguous() for a in matrices_a]), *_three([b.contiguous() for b in matrices_b]), stacked_a,
+        stacked_b, *_three([len(a) for a in matrices_a]), *_three(scalings), *_ends(matrices_a, len(stacked_a)),
+        len(stacked_a), *_ends(matrices_b, len(stacked_b)), len(stacked_b), *stacked_a.shape[1:], stacked_b.shape[1],
+        len(matrices_a), 1024, num_warps=4,
     )  # fmt: skip
 
 
@@ -79,9 +95,31 @@ def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out:
     _add_low_rank[grid](residual, base, hidden, b, out, rows, dim, hidden.shape[1], _block(hidden.shape[1]), **_ADD)
 
 
+def adapter_gradients(
+    grad: Tensor, b: Tensor, inner: Tensor, sizes: Sequence[int], ranks: Sequence[int], out: Tensor
+) -> list[Tensor] | None:
+    """None where a tile of columns would be of two adapters, or ranks are unequal or too high."""
+    (rows, dim), rank, columns = grad.shape, ranks[0], _PAIR["COLUMNS"]
+    if rank > NARROW or len(ranks) > 3 or set(ranks) != {rank} or any(size % columns for size in sizes[:-1]):
+        return None
+    strips = triton.cdiv(dim, columns)
+    first, second = _ends([range(size // columns) for size in sizes], strips)
+    splits, length = _split(rows, _PAIR["ROWS"], 1, max(1, _RESIDENT // strips))
+    parts, sums = (grad.new_empty(shape, dtype=torch.float32) for shape in ((strips, rank, rows), (splits, dim, rank)))
+    _adapter_gradients[(strips, splits)](
+        grad, b, inner, parts, sums, grad.stride(0), inner.stride(0), b.shape[1], rows, dim, length, first, second,
+        rank, _block(rank), **_PAIR,
+    )  # fmt: skip
+    _sum_turned[(triton.cdiv(rows, 32), len(ranks))](
+        parts, out, rows, out.stride(0), first, second, strips, len(ranks), rank, _block(rank), out.shape[1], 32,
+        num_warps=4,
+    )  # fmt: skip
+    return list(sums.sum(0).split(list(sizes)))
+
+
 def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
     rows, dim = out.shape
-    if a is not None and len(a) <= NARROW:
+    if a is not None and len(a) <= NARROW and rows >= MANY_ROWS:
         return _geglu_with_adapter(gate_up, out, a)
     block = min(1024, triton.next_power_of_2(dim))
     _geglu[(rows, triton.cdiv(dim, block))](gate_up, out, gate_up.stride(0), out.stride(0), dim, block, num_warps=4)
@@ -97,7 +135,9 @@ def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
         gate_up, out, a, parts, gate_up.stride(0), out.stride(0), rows, dim, strip, len(a), _block(len(a)), **_ADAPTED
     )
     hidden = out.new_empty(rows, len(a))
-    _sum_turned[(triton.cdiv(rows, 32),)](parts, hidden, rows, strips, len(a), _block(len(a)), 32, num_warps=4)
+    _sum_turned[(triton.cdiv(rows, 32), 1)](
+        parts, hidden, rows, len(a), strips, strips, strips, 1, len(a), _block(len(a)), len(a), 32, num_warps=4
+    )
     return hidden
 
 
@@ -114,16 +154,19 @@ def geglu_backward(
     before = (0, 0) if inner is None or max(ranks) > NARROW else ranks
     columns = triton.cdiv(dim, _BACKWARD["COLUMNS"])
     splits, length = _split(rows, _BACKWARD["ROWS"], 4, _PROGRAMS // columns)
-    sums = grad.new_empty(splits, after + sum(before), dim, dtype=torch.float32)
+    sums = grad.new_empty(splits, (after + sum(before)) * dim, dtype=torch.float32)
     _geglu_backward[(columns, splits)](
         grad, gate_up, out, inner_grad, inner, sums, rows, dim, length, out.stride(0),
-        0 if inner is None else inner.stride(0), after, *before, _block(after, *before), **_BACKWARD,
+        0 if inner_grad is None else inner_grad.stride(0), 0 if inner is None else inner.stride(0), after, *before,
+        _block(after, *before), **_BACKWARD,
     )  # fmt: skip
-    grad_a, first, second = sums.sum(0).split([after, *before])
+    parts = sums.sum(0).split([rank * dim for rank in (after, *before)])
+    grad_a = parts[0].view(after, dim) if after else None
     if inner is None:
-        return grad_a if after else None, None
-    grads_b = (first.T, second.T) if sum(before) else pointwise.pair_products(out, inner, ranks)
-    return grad_a if after else None, grads_b
+        return grad_a, None
+    if not sum(before):
+        return grad_a, pointwise.pair_products(out, inner, ranks)
+    return grad_a, (parts[1].view(dim, before[0]), parts[2].view(dim, before[1]))
 
 
 def rotate(
@@ -162,6 +205,17 @@ def _split(rows: int, height: int, least: int, most: int) -> tuple[int, int]:
     return triton.cdiv(rows, length), length
 
 
+def _ends(parts: Sequence[Sized], whole: int) -> tuple[int, int]:
+    """Where the first and the second of up to three parts end, the last of them with the whole."""
+    first, second = [*itertools.accumulate(map(len, parts[:-1])), whole, whole][:2]
+    return first, second
+
+
+def _three(values: Sequence[Any]) -> list[Any]:
+    """For a kernel's three arguments; what is missing it does not read."""
+    return [*values, *(3 - len(values)) * [None]]
+
+
 def _block(*ranks: int) -> int:
     """What matrix units and `tl.arange` take for any of these ranks: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(max(ranks)))
@@ -169,28 +223,41 @@ def _block(*ranks: int) -> int:
 
 @triton.jit
 def _beside(
-    left,
+    upper,
+    middle,
+    lower,
     right,
     out,
-    left_stride,
+    upper_stride,
+    middle_stride,
+    lower_stride,
     right_stride,
     out_stride,
+    first,
+    second,
     start,
     rows,
     size,
     rank,
     width,
-    HAS_LEFT: tl.constexpr,
+    LEFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """On the left are `LEFT` tensors under one another, the second from row `first` on, the third from `second`."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     begin = start + tl.program_id(1) * COLUMNS
     column = (begin + tl.arange(0, COLUMNS))[None, :]
     there = row < rows
     value = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
-    if HAS_LEFT:
-        value = tl.load(left + row * left_stride + column, there & (column < size), 0.0)
+    if LEFT > 0:
+        value += tl.load(upper + row * upper_stride + column, (row < first) & (column < size), 0.0)
+    if LEFT > 1:
+        own = (row >= first) & (row < second)
+        value += tl.load(middle + (row - first) * middle_stride + column, own & (column < size), 0.0)
+    if LEFT > 2:
+        own = (row >= second) & there
+        value += tl.load(lower + (row - second) * lower_stride + column, own & (column < size), 0.0)
     if begin + COLUMNS > size:
         inside = (column >= size) & (column < size + rank)
         value += tl.load(right + row * right_stride + column - size, there & inside, 0.0)
@@ -198,15 +265,56 @@ def _beside(
 
 
 @triton.jit
-def _place(a, b, stacked_a, stacked_b, a_size, a_room, b_room, rank, first, width, scaling, BLOCK: tl.constexpr):
+def _place(
+    a0,
+    a1,
+    a2,
+    b0,
+    b1,
+    b2,
+    stacked_a,
+    stacked_b,
+    rank0,
+    rank1,
+    rank2,
+    scaling0,
+    scaling1,
+    scaling2,
+    column1,
+    column2,
+    columns,
+    row1,
+    row2,
+    rows,
+    size,
+    width,
+    ADAPTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a part of the A or the B of one adapter; from `column1` and `row1` on are those of the second."""
+    adapter = tl.program_id(2)
+    if adapter == 0:
+        _place_one(a0, b0, stacked_a, stacked_b, rank0, scaling0, 0, column1, 0, row1, size, width, BLOCK)
+    elif adapter == 1:
+        if ADAPTERS > 1:
+            _place_one(a1, b1, stacked_a, stacked_b, rank1, scaling1, column1, column2, row1, row2, size, width, BLOCK)
+    else:
+        if ADAPTERS > 2:
+            _place_one(a2, b2, stacked_a, stacked_b, rank2, scaling2, column2, columns, row2, rows, size, width, BLOCK)
+
+
+@triton.jit
+def _place_one(a, b, stacked_a, stacked_b, rank, scaling, column, columns, row, rows, size, width, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     element = stacked_a.dtype.element_ty
     if tl.program_id(1) == 0:
-        tl.store(stacked_a + at, tl.load(a + at, at < a_size, 0.0).to(element), at < a_room)
+        own_a = tl.load(a + at, at < rank * size, 0.0).to(element)
+        tl.store(stacked_a + column * size + at, own_a, at < (columns - column) * size)
     else:
-        row, column = at // width, at % width - first
-        value = tl.load(b + row * rank + column, (at < b_room) & (column >= 0) & (column < rank), 0.0)
-        tl.store(stacked_b + at, (value.to(tl.float32) * scaling).to(element), at < b_room)
+        own_row, own_column = at // width, at % width - column
+        there = (own_row < rows - row) & (own_column >= 0) & (own_column < rank)
+        own_b = tl.load(b + own_row * rank + own_column, there, 0.0).to(tl.float32) * scaling
+        tl.store(stacked_b + row * width + at, own_b.to(element), at < (rows - row) * width)
 
 
 @triton.jit
@@ -401,17 +509,78 @@ def _geglu_adapted(
 
 
 @triton.jit
-def _sum_turned(parts, out, rows, n, R: tl.constexpr, R_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """(n, R, rows) to (rows, R)."""
+def _sum_turned(
+    parts,
+    out,
+    rows,
+    stride,
+    first,
+    second,
+    n,
+    ADAPTERS: tl.constexpr,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """(n, R, rows) to (rows, WIDTH): sums over the parts before `first`, those before `second`, the rest, and zeros."""
     row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R_BLOCK)
-    at = parts + rank[:, None].to(tl.int64) * rows + row[None, :]
+    adapter = tl.program_id(1)
+    begin = tl.where(adapter == 0, 0, tl.where(adapter == 1, first, second))
+    end = tl.where(adapter == 0, first, tl.where(adapter == 1, second, n))
+    at = parts + (begin * R + rank)[:, None].to(tl.int64) * rows + row[None, :]
     there = (rank < R)[:, None] & (row < rows)[None, :]
     total = tl.zeros((R_BLOCK, ROWS), tl.float32)
-    for _ in range(n):
+    for _ in range(begin, end):
         total += tl.load(at, there, 0.0)
         at += R * rows
-    target = out + row[:, None] * R + rank[None, :]
-    tl.store(target, tl.trans(total).to(out.dtype.element_ty), (row < rows)[:, None] & (rank < R)[None, :])
+    target, here = out + row[:, None].to(tl.int64) * stride + rank[None, :], (row < rows)[:, None]
+    tl.store(target + adapter * R, tl.trans(total).to(out.dtype.element_ty), here & (rank < R)[None, :])
+    if adapter == ADAPTERS - 1:
+        for column in tl.static_range(ADAPTERS * R, WIDTH, R_BLOCK):
+            nothing = tl.zeros((ROWS, R_BLOCK), out.dtype.element_ty)
+            tl.store(target + column, nothing, here & (column + rank < WIDTH)[None, :])
+
+
+@triton.jit
+def _adapter_gradients(
+    grad,
+    b,
+    inner,
+    parts,
+    sums,
+    stride,
+    inner_stride,
+    b_stride,
+    rows,
+    dim,
+    length,
+    first,
+    second,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: some columns, all of one adapter, and one part of the rows; each tile of `grad` is read once."""
+    strip, split = tl.program_id(0), tl.program_id(1)
+    column, rank = strip * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, R_BLOCK)[:, None]
+    own = ((strip >= first).to(tl.int32) + (strip >= second).to(tl.int32)) * R
+    local = tl.arange(0, ROWS)
+    inside = column < dim
+    at = local[:, None] * stride + column
+    inner_at = local[None, :] * inner_stride + own + rank
+    right = tl.load(b + column * b_stride + own + rank, (rank < R) & inside, 0.0)
+    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+    parts += (strip * R + rank).to(tl.int64) * rows
+    for start in range(split * length, min((split + 1) * length, rows), ROWS):
+        begin = tl.cast(start, tl.int64)
+        left = rows - start
+        tile = tl.load(grad + begin * stride + at, (local[:, None] < left) & inside, 0.0)
+        there = (local[None, :] < left) & (rank < R)
+        total = tl.dot(tl.load(inner + begin * inner_stride + inner_at, there, 0.0), tile, total)
+        tl.store(parts + begin + local[None, :], tl.dot(right, tl.trans(tile)), there)
+    tl.store(sums + (split.to(tl.int64) * dim + column) * R + rank, total, (rank < R) & inside)
 
 
 @triton.jit
@@ -426,6 +595,7 @@ def _geglu_backward(
     dim,
     length,
     out_stride,
+    inner_grad_stride,
     inner_stride,
     AFTER: tl.constexpr,
     GATE: tl.constexpr,
@@ -446,7 +616,7 @@ def _geglu_backward(
     at = local[:, None] * (2 * dim) + column[None, :]
     grad_at = local[:, None] * dim + column[None, :]
     out_at = local[:, None] * out_stride + column[None, :]
-    after_at = local[None, :] * AFTER + rank
+    after_at = local[None, :] * inner_grad_stride + rank
     inner_at = local[None, :] * inner_stride + rank
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
         first = tl.cast(start, tl.int64)
@@ -462,7 +632,7 @@ def _geglu_backward(
         tl.store(out_tile + dim + out_at, up_grad, there)
         row_there = local[None, :] < left
         if AFTER > 0:
-            factor = tl.load(inner_grad + first * AFTER + after_at, row_there & (rank < AFTER), 0.0)
+            factor = tl.load(inner_grad + first * inner_grad_stride + after_at, row_there & (rank < AFTER), 0.0)
             after = tl.dot(factor, (gelu * up).to(element), after)
         if GATE > 0:
             factor = tl.load(inner + first * inner_stride + inner_at, row_there & (rank < GATE), 0.0)
@@ -470,13 +640,13 @@ def _geglu_backward(
         if UP > 0:
             factor = tl.load(inner + first * inner_stride + GATE + inner_at, row_there & (rank < UP), 0.0)
             of_up = tl.dot(factor, up_grad, of_up)
-    target = sums + (split * (AFTER + GATE + UP) + rank).to(tl.int64) * dim + column[None, :]
+    sums += split.to(tl.int64) * (AFTER + GATE + UP) * dim
     if AFTER > 0:
-        tl.store(target, after, (rank < AFTER) & inside)
+        tl.store(sums + rank * dim + column[None, :], after, (rank < AFTER) & inside)
     if GATE > 0:
-        tl.store(target + AFTER * dim, of_gate, (rank < GATE) & inside)
+        tl.store(sums + (AFTER * dim + column * GATE)[None, :] + rank, of_gate, (rank < GATE) & inside)
     if UP > 0:
-        tl.store(target + (AFTER + GATE) * dim, of_up, (rank < UP) & inside)
+        tl.store(sums + ((AFTER + GATE) * dim + column * UP)[None, :] + rank, of_up, (rank < UP) & inside)
 
 
 @triton.jit
