@@ -28,7 +28,9 @@ from openpi_lora_patch.reference import Reference
 # bfloat16 is the base's dtype in a real run, beside float32 adapters.
 KINDS = ("pi0_float32", "pi05_bfloat16")
 ENGINES = ("ddp", "fsdp") if hasattr(fsdp, "fully_shard") else ("ddp",)  # FSDP2 came with torch 2.6.
-PLAN = joint.Plan(attention="sdpa", fused=True, trim=False, prune=True, compile=False, checkpoint="layer")
+PLAN = joint.Plan(
+    attention="sdpa", fused=True, trim=False, prune=True, compile=False, overlap=False, checkpoint="layer"
+)
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 

@@ -20,7 +20,9 @@ from openpi_lora_patch.patches import openpi_fast
 from openpi_lora_patch.reference import Reference, distance
 from openpi_lora_patch.settings import Settings
 
-PLAIN = joint.Plan(attention="eager", fused=False, trim=False, prune=False, compile=False, checkpoint="none")
+PLAIN = joint.Plan(
+    attention="eager", fused=False, trim=False, prune=False, compile=False, overlap=False, checkpoint="none"
+)
 CHANGES = [
     {"attention": "sdpa"}, {"fused": True}, {"prune": True}, {"checkpoint": "layer"}, {"checkpoint": "auto"},
     {"attention": "sdpa", "fused": True, "prune": True},
@@ -77,7 +79,9 @@ def test_every_part_on_gives_the_reference_outputs_in_float32(kind):
     model, inputs = data.pi0().eval().requires_grad_(False), data.inputs
     mask = torch.where(inputs["attention_allowed"], 0.0, -2.3819763e38)
     embeds, conds = [inputs["prefix_embs"], inputs["suffix_embs"]], (None, inputs.get("adarms_cond"))
-    chosen = joint.Plan(attention="sdpa", fused=True, trim=True, prune=True, compile=False, checkpoint="none")
+    chosen = joint.Plan(
+        attention="sdpa", fused=True, trim=True, prune=True, compile=False, overlap=False, checkpoint="none"
+    )
     _, suffix = joint.forward(model.paligemma_with_expert, embeds, mask, inputs["position_ids"], conds, chosen)
     assert distance(suffix, data.outputs["suffix_out"]) <= golden.TOLERANCE
 

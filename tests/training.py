@@ -122,7 +122,9 @@ def _use_joint_forward(model: Any, policy: str) -> None:
     from openpi_lora_patch.models import joint
 
     towers = model.paligemma_with_expert
-    plan = joint.Plan(attention="eager", fused=False, trim=False, prune=True, compile=False, checkpoint=policy)
+    plan = joint.Plan(
+        attention="eager", fused=False, trim=False, prune=True, compile=False, overlap=False, checkpoint=policy
+    )
     towers.forward = lambda embeds, mask, places, cond: joint.forward(towers, embeds, mask, places, (None, cond), plan)
 
 

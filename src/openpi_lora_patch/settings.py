@@ -61,6 +61,8 @@ class Settings:
         prune: leave out the part of the last prefix layer that nothing reads (`OPENPI_LORA_PRUNE`).
         compile: a frozen vision tower by `torch.compile`, and one graph for openpi's own of `sample_actions`
             (`OPENPI_LORA_COMPILE`).
+        overlap: what the two towers do apart from each other at once, where one process trains on one GPU
+            (`OPENPI_LORA_OVERLAP`).
         skip_init: build without random numbers where a checkpoint follows (`OPENPI_LORA_SKIP_INIT`).
         checkpoint: compute layers again in the backward pass: none, every layer, or auto, as few as the memory that is
             free allows (`OPENPI_LORA_CHECKPOINT`).
@@ -87,6 +89,7 @@ class Settings:
     trim: str = "auto"
     prune: bool = True
     compile: str = "auto"
+    overlap: str = "auto"
     skip_init: bool = True
     checkpoint: str = "auto"
     save: str = "model"
@@ -108,6 +111,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "trim": _choice("auto", "0", "1"),
     "prune": (_boolean, "0 or 1"),
     "compile": _choice("auto", "0", "1"),
+    "overlap": _choice("auto", "0"),
     "skip_init": (_boolean, "0 or 1"),
     "checkpoint": _choice("auto", "none", "layer"),
     "save": _choice("model", "adapter"),

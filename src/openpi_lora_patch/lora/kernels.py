@@ -24,6 +24,7 @@ from .quantized import QuantizedLinear, dense, stored_weight
 
 # Rows that a recomputing MLP handles at once: its temporaries stay below 2 GB whatever the batch.
 _CHUNK = 8192
+_ROOM = 128  # Columns beside a gradient: enough for openpi's q/k/v at rank 32, and a multiple of 64.
 _TILE = 192  # See `_rows_of_a_wave`.
 
 
@@ -397,7 +398,7 @@ def _after_norm(product: Tensor, norm: Tensor | None) -> Tensor:
 
 def _with_room(like: Tensor, rows: int, size: int) -> Tensor:
     """(rows, size), uninitialised: the left of a wider tensor, whose other columns are for what adapters have."""
-    wide = like.new_empty(rows, size + pointwise.padded(1))
+    wide = like.new_empty(rows, size + _ROOM)
     wide.has_room = True  # type: ignore[attr-defined]
     return wide[:, :size]
 
@@ -408,8 +409,12 @@ def _roomy(x: Tensor, width: int) -> Tensor:
     What is right of x is nothing yet.
     """
     wide: Any = x._base
-    if getattr(wide, "has_room", False) and wide.shape == (len(x), width) and wide.stride() == x.stride():
-        return cast(Tensor, wide)
+    if (
+        getattr(wide, "has_room", False)
+        and wide.shape[1] >= width
+        and (len(wide), wide.stride()) == (len(x), x.stride())
+    ):
+        return cast(Tensor, wide[:, :width])
     wide = x.new_empty(len(x), width)
     wide[:, : x.shape[1]].copy_(x)
     return cast(Tensor, wide)

@@ -23,7 +23,7 @@ from ..lora.dora import DoRALinear
 from ..lora.quantized import stored_weight
 from ..patches.gemma import gated_residual
 from ..settings import Settings
-from . import shared_attention
+from . import shared_attention, streams
 from .attention import Eager, Fused, Prefix, Shared
 
 logger = logging.getLogger("openpi_lora_patch")
@@ -40,6 +40,7 @@ class Plan:
         trim: leave out cameras and prompt padding that are masked in the whole batch.
         prune: leave out the part of the last prefix layer that nothing reads.
         compile: a frozen vision tower by `torch.compile`.
+        overlap: what the two towers do apart from each other at once, see `models.streams`; for one process alone.
         checkpoint: "none", "layer" or "auto": whether layers are computed again in the backward pass; auto does so
             for as few as the free memory allows.
     """
@@ -49,6 +50,7 @@ class Plan:
     trim: bool
     prune: bool
     compile: bool
+    overlap: bool
     checkpoint: str
 
 
@@ -62,6 +64,7 @@ def plan(settings: Settings, device: torch.device) -> Plan:
         trim=gpu if settings.trim == "auto" else settings.trim == "1",
         prune=settings.prune,
         compile=gpu and pointwise.has_triton() if settings.compile == "auto" else settings.compile == "1",
+        overlap=gpu and settings.overlap == "auto",
         checkpoint=settings.checkpoint,
     )
     logger.info("Training forward on %s: %s", device, chosen)
@@ -103,11 +106,15 @@ def forward(
     pairs = list(zip(*(model.layers for model in models), strict=True))
     prune = chosen.prune and towers.training
     recomputed = _recomputed(models, embeds, chosen) if torch.is_grad_enabled() else 0
+    stream = streams.second(embeds[0].device) if chosen.overlap and streams.alone() else None
     hidden: list[Tensor | None] = list(embeds)
     for index, pair in enumerate(pairs):
-        layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and index == len(pairs) - 1)
         # The first layers are the ones to recompute: by then the backward pass has freed what the others kept.
-        hidden = pair[0].run_pair(layer, hidden, keep=index >= recomputed)
+        keep, last = index >= recomputed, index == len(pairs) - 1
+        # What is computed again is so on the stream that first asks for it.
+        own = stream if keep else None
+        layer = _Layer(pair, conds, attention, fused=chosen.fused, prune=prune and last, stream=own)
+        hidden = pair[0].run_pair(layer, hidden, keep=keep)
     return [None if x is None else model.norm(x, cond)[0] for model, x, cond in zip(models, hidden, conds, strict=True)]
 
 
@@ -122,25 +129,29 @@ class _Layer:
         *,
         fused: bool,
         prune: bool,
+        stream: torch.cuda.Stream | None,
     ) -> None:
-        self.pair, self.conds, self.attention, self.fused, self.prune = pair, conds, attention, fused, prune
+        self.pair, self.conds, self.attention = pair, conds, attention
+        self.fused, self.prune, self.stream = fused, prune, stream
 
     def __call__(self, hidden: Sequence[Any], *, keep: bool) -> list[Tensor | None]:
         middle = self._attend(*hidden) if keep else _again(self._attend, *hidden)
-        return [
-            None if x is None else self._feed_forward(layer, x, cond, keep)
-            for layer, x, cond in zip(self.pair, middle, self.conds, strict=True)
-        ]
+        return self._both(functools.partial(self._feed_forward, keep=keep), self.pair, middle, self.conds)
+
+    def _both(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+        """`function` of each tower's arguments."""
+        first, other = zip(*columns, strict=True)
+        return list(streams.side_by_side(function, first, other, self.stream))
 
     def _attend(self, *hidden: Tensor) -> list[Tensor | None]:
-        packed, hidden, gates = zip(*map(self._project, self.pair, hidden, self.conds), strict=True)
+        packed, hidden, gates = zip(*self._both(self._project, self.pair, hidden, self.conds), strict=True)
         attended = self.attention([layer.self_attn for layer in self.pair], packed, prune=self.prune)
-        return [
-            None if part is None else self._attended(layer.self_attn.o_proj, x, part, gate)
-            for layer, x, part, gate in zip(self.pair, hidden, attended, gates, strict=True)
-        ]
+        return self._both(self._attended, self.pair, hidden, attended, gates)
 
-    def _attended(self, o_proj: Any, x: Tensor, part: Tensor, gate: Tensor | None) -> Tensor | None:
+    def _attended(self, layer: Any, x: Tensor, part: Tensor | None, gate: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        o_proj = layer.self_attn.o_proj
         if gate is None and self._fusable(part, (o_proj,)):
             return kernels.project(part, (o_proj,), x)
         return gated_residual(x, self._linears(part, (o_proj,)), gate)
@@ -154,7 +165,9 @@ class _Layer:
             return *kernels.project_normed(x, linears, norm), None
         return self._linears(normed, linears), x, gate
 
-    def _feed_forward(self, layer: Any, x: Tensor, cond: Tensor | None, keep: bool) -> Tensor | None:
+    def _feed_forward(self, layer: Any, x: Tensor | None, cond: Tensor | None, keep: bool) -> Tensor | None:
+        if x is None:
+            return None
         mlp = layer.mlp
         linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         if self._fusable(x, linears):
