@@ -23,7 +23,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "ours, openpi's forward": {"joint": False},
     "joint forward, one checkpoint": {
         "joint": True, "attention": "eager", "fused": "0", "trim": "0", "prune": False, "compile": "0",
-        "checkpoint": "layer",
+        "overlap": "0", "checkpoint": "layer",
     },
     "and SDPA": {"attention": "sdpa"},
     "and dead prefix part left out": {"prune": True},
@@ -32,9 +32,10 @@ LADDER: dict[str, dict[str, Any]] = {
     "and trimming": {"trim": "1"},
     "and a compiled vision tower": {"compile": "1"},
     "and our own prefix attention": {"attention": "triton"},
+    "and the two towers at once": {"overlap": "auto"},
 }  # fmt: skip
 # The defaults but for one setting.
-ALONE = {"attention": "eager", "fused": "0", "trim": "0", "prune": False, "checkpoint": "layer"}
+ALONE = {"attention": "eager", "fused": "0", "trim": "0", "prune": False, "overlap": "0", "checkpoint": "layer"}
 
 
 def measure(model: Any, size: int, steps: int, cameras: int = 3) -> dict[str, float]:

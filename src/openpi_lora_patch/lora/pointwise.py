@@ -154,6 +154,20 @@ def rms_norm_backward(
     return out.copy_(result if added is None else result + added)
 
 
+def normed_products(left: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`left.T @ rms_norm(x)`, float32 at least.
+
+    Args:
+        left: (rows, r), with any row stride.
+        x, weight: what `rms_norm` was given.
+        scale: (rows, 1), what it returned.
+    """
+    if _by_triton(x) and (products := _triton().normed_products(left, x, weight, scale)) is not None:
+        return cast(Tensor, products)
+    product = torch.mul(left, scale, out=torch.empty_like(left, memory_format=torch.contiguous_format)).T @ x
+    return torch.addcmul(product, product, widened(weight))
+
+
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
     """`residual + base + hidden @ b.T`, rounded once: (rows, dim), (rows, dim), (rows, r), (dim, r)."""
     out = torch.empty_like(base)
@@ -280,11 +294,6 @@ def _rotate(
         source, target = (own, part) if inverse else (part, own)
         first, second = source.chunk(2, dim=-1)
         target.copy_(source * cos + torch.cat([-second, first], dim=-1) * sin if turn else source)
-
-
-def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """`x`, (rows, r), times a scale of each row, (rows, 1), or as it is; in its own dtype."""
-    return x if scale is None else torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def widened(x: Tensor) -> Tensor:

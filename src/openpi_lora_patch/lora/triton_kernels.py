@@ -19,6 +19,7 @@ _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` 
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
 _PAIR = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}  # A tile of `_adapter_gradients`.
+_PRODUCTS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_normed_products`.
 _PROGRAMS = 2048  # Enough to fill any GPU several times.
 _RESIDENT = 264  # Two for each multiprocessor of an H100 or H200, where each program more costs a sum to write.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
@@ -87,6 +88,20 @@ def rms_norm_backward(
         grad, x, weight, scale, products, added, out, inner_grad, a, *strides, inner_grad.stride(0), rows, dim,
         len(a), r, **_ADD,
     )  # fmt: skip
+
+
+def normed_products(left: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
+    """None where the rank is too high."""
+    (rows, dim), rank = x.shape, left.shape[1]
+    if rank > 2 * NARROW:
+        return None
+    strips = triton.cdiv(dim, _PRODUCTS["COLUMNS"])
+    splits, length = _split(rows, _PRODUCTS["ROWS"], 1, max(1, _RESIDENT // strips))
+    sums = x.new_empty(splits, rank, dim, dtype=torch.float32)
+    _normed_products[(strips, splits)](
+        left, x, weight, scale, sums, left.stride(0), x.stride(0), rows, dim, length, rank, _block(rank), **_PRODUCTS
+    )
+    return sums.sum(0)
 
 
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
@@ -425,6 +440,41 @@ def _rms_norm_low_rank_backward(
     if added is not None:
         result += tl.load(added + row * added_stride + column, there, 0.0).to(tl.float32)
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _normed_products(
+    left,
+    x,
+    weight,
+    scales,
+    sums,
+    left_stride,
+    stride,
+    rows,
+    dim,
+    length,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: some columns, one part of the rows."""
+    strip, split = tl.program_id(0), tl.program_id(1)
+    column, rank = strip * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, R_BLOCK)[:, None]
+    local = tl.arange(0, ROWS)
+    inside = column < dim
+    at, left_at = local[:, None] * stride + column, local[None, :] * left_stride + rank
+    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
+    for start in range(split * length, min((split + 1) * length, rows), ROWS):
+        begin = tl.cast(start, tl.int64)
+        rest = rows - start
+        value = tl.load(x + begin * stride + at, (local[:, None] < rest) & inside, 0.0)
+        factor = tl.load(left + begin * left_stride + left_at, (local[None, :] < rest) & (rank < R), 0.0)
+        scale = tl.load(scales + begin + local, local < rest, 0.0)[None, :]
+        total = tl.dot((factor.to(tl.float32) * scale).to(value.dtype), value, total)
+    total *= 1 + tl.load(weight + column, inside, 0.0).to(tl.float32)
+    tl.store(sums + (split * R + rank).to(tl.int64) * dim + column, total, (rank < R) & inside)
 
 
 @triton.jit
