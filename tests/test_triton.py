@@ -79,7 +79,8 @@ def call_all(kernels, width, dim, rank):
         kernels.adapter_gradients(
             make(ROWS, n * 256), make(n * 256, n * r), make(ROWS, n * r), n * [256], n * [rank], make(ROWS, 64)
         )
-    kernels.normed_products(make(ROWS, both), x, make(width), scale)
+    for given in ((make(width), scale), (None, None)):
+        kernels.a_gradient(make(ROWS, both), x, *given)
     kernels.add_low_rank(x, x, make(ROWS, r), make(width, r), make(ROWS, width))
     for a, after, inner in ((make(r, dim), make(ROWS, r), make(ROWS, both)), (None, None, None)):
         kernels.geglu(gate_up, make(ROWS, dim), a)
@@ -104,7 +105,7 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, monkeypatch, gpu, ra
     assert names >= {"_place", "_beside", "_geglu", "_geglu_backward", "_add_low_rank", "_rms_norm", "_rotate"}
     narrow = {
         "_adapter_gradients",
-        "_normed_products",
+        "_a_gradient",
         "_geglu_adapted",
         "_rms_norm_products",
         "_rms_norm_low_rank_backward",
@@ -133,7 +134,7 @@ def test_the_interpreter_computes_what_plain_torch_does():
         [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compared", "92"]
+    assert done.stdout.split() == ["compared", "96"]
 
 
 def compare(rows, dim, rank, ranks):
@@ -182,7 +183,8 @@ def compare(rows, dim, rank, ranks):
         for added, rest in ((grad, None), (None, None), (grad, low_rank), (None, low_rank)):
             module.rms_norm_backward(wide[:, :dim], grad, weight, norm, added, out[3][:, :dim], rest)
             yield (out[3].clone(),)
-        yield (module.normed_products(many[:, : min(rank, 64)], grad, weight, norm),)
+        for given in ((weight, norm), (None, None)):
+            yield (module.a_gradient(many[:, : min(rank, 64)], grad, *given),)
         for sizes in ([dim], [512, 256, 200], [256, 256]):
             r, out_grad = min(ranks[0], 32), many[:, : sum(sizes)]
             target, stack = room(rows, 160), torch.block_diag(*(many_b[:size, :r] for size in sizes))

@@ -170,7 +170,7 @@ class _Projection(torch.autograd.Function):
         grads_a, grads_b, wide, x_grad = [None] * len(weights), [None] * len(weights), grad, None
         if hidden is not None:
             wide, hidden_grad, of_b = linear.gradients(grad, hidden, matrices_b)
-            grads_a = _unstack(_inputs_times(hidden_grad, x, norm, scale), matrices_a)
+            grads_a = _unstack(pointwise.a_gradient(hidden_grad, x, norm, scale), matrices_a)
             grads_b = _scaled(of_b, matrices_b, ctx.scalings)
         if ctx.needs_input_grad[0]:
             x_grad = linear.backward(wide)
@@ -232,7 +232,7 @@ class _FeedForward(torch.autograd.Function):
             inner_grad, x_grad = first.backward_apart(gate_up_grad, wanted=ctx.needs_input_grad[0])
             through = None
             if inner_grad is not None:
-                totals.add(a_first=_inputs_times(inner_grad, rows, norm, scale))
+                totals.add(a_first=pointwise.a_gradient(inner_grad, rows, norm, scale))
                 through = pointwise.LowRank(inner_grad, cast(Tensor, first.narrow), inner)
             if x_grad is not None:
                 if norm is not None:
@@ -389,11 +389,6 @@ def _rows_of_a_wave(columns: int, device: torch.device) -> int:
 
 def _chunks(x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(x, _CHUNK), torch.split(grad, _CHUNK), strict=True)
-
-
-def _inputs_times(left: Tensor, x: Tensor, norm: Tensor | None, scale: Tensor | None) -> Tensor:
-    """`left.T` times what a Linear was given, (r, in): x, or with a norm what it made of x, `scale` being 1 / rms."""
-    return left.T @ x if norm is None else pointwise.normed_products(left, x, norm, cast(Tensor, scale))
 
 
 def _with_room(like: Tensor, rows: int, size: int) -> Tensor:

@@ -154,17 +154,20 @@ def rms_norm_backward(
     return out.copy_(result if added is None else result + added)
 
 
-def normed_products(left: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`left.T @ rms_norm(x)`, float32 at least.
+def a_gradient(inner_grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Gradient of adapters' As, `inner_grad.T @ x`, (r, dim); or, with a weight, `inner_grad.T @ rms_norm(x)`.
 
     Args:
-        left: (rows, r), with any row stride.
+        inner_grad: (rows, r), with any row stride, gradient of what they have inside.
         x, weight: what `rms_norm` was given.
         scale: (rows, 1), what it returned.
     """
-    if _by_triton(x) and (products := _triton().normed_products(left, x, weight, scale)) is not None:
-        return cast(Tensor, products)
-    product = torch.mul(left, scale, out=torch.empty_like(left, memory_format=torch.contiguous_format)).T @ x
+    if _by_triton(x) and (grad := _triton().a_gradient(inner_grad, x, weight, scale)) is not None:
+        return cast(Tensor, grad)
+    if weight is None or scale is None:
+        return inner_grad.T @ x
+    scaled = torch.mul(inner_grad, scale, out=torch.empty_like(inner_grad, memory_format=torch.contiguous_format))
+    product = scaled.T @ x
     return torch.addcmul(product, product, widened(weight))
 
 

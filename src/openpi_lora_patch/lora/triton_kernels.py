@@ -19,11 +19,12 @@ _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` 
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_adapted`.
 _BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # A tile of `_geglu_backward`.
 _PAIR = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}  # A tile of `_adapter_gradients`.
-_PRODUCTS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_normed_products`.
+_PRODUCTS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_a_gradient`.
 _PROGRAMS = 2048  # Enough to fill any GPU several times.
 _RESIDENT = 264  # Two for each multiprocessor of an H100 or H200, where each program more costs a sum to write.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
 MANY_ROWS = 4096  # From here on GEGLU takes the adapter after it along; programs for fewer would not fill a GPU.
+_SUM = 512  # Elements of a program that sums parts.
 NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
@@ -82,7 +83,7 @@ def rms_norm_backward(
     products, r = torch.empty_like(scale), _block(len(a))
     _rms_norm_products[(rows,)](
         grad, x, weight, scale, inner_grad, inner, products, *strides[:2], inner_grad.stride(0), inner.stride(0),
-        dim, block, len(a), r, num_warps=8,
+        dim, block, len(a), r, num_warps=4,
     )  # fmt: skip
     _rms_norm_low_rank_backward[(triton.cdiv(dim, _ADD["COLUMNS"]), triton.cdiv(rows, _ADD["ROWS"]))](
         grad, x, weight, scale, products, added, out, inner_grad, a, *strides, inner_grad.stride(0), rows, dim,
@@ -90,18 +91,19 @@ def rms_norm_backward(
     )  # fmt: skip
 
 
-def normed_products(left: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
+def a_gradient(inner_grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """None where the rank is too high."""
-    (rows, dim), rank = x.shape, left.shape[1]
+    (rows, dim), rank = x.shape, inner_grad.shape[1]
     if rank > 2 * NARROW:
         return None
     strips = triton.cdiv(dim, _PRODUCTS["COLUMNS"])
     splits, length = _split(rows, _PRODUCTS["ROWS"], 1, max(1, _RESIDENT // strips))
     sums = x.new_empty(splits, rank, dim, dtype=torch.float32)
-    _normed_products[(strips, splits)](
-        left, x, weight, scale, sums, left.stride(0), x.stride(0), rows, dim, length, rank, _block(rank), **_PRODUCTS
-    )
-    return sums.sum(0)
+    _a_gradient[(strips, splits)](
+        inner_grad, x, weight, scale, sums, inner_grad.stride(0), x.stride(0), rows, dim, length, rank, _block(rank),
+        **_PRODUCTS,
+    )  # fmt: skip
+    return _total(sums)
 
 
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
@@ -125,11 +127,12 @@ def adapter_gradients(
         grad, b, inner, parts, sums, grad.stride(0), inner.stride(0), b.shape[1], rows, dim, length, first, second,
         rank, _block(rank), **_PAIR,
     )  # fmt: skip
-    _sum_turned[(triton.cdiv(rows, 32), len(ranks))](
-        parts, out, rows, out.stride(0), first, second, strips, len(ranks), rank, _block(rank), out.shape[1], 32,
-        num_warps=4,
+    grads_b = sums.new_empty(dim, rank)
+    _sum_turned[(max(triton.cdiv(rows, 32), triton.cdiv(dim * rank, _SUM)), len(ranks) + 1)](
+        parts, out, sums, grads_b, rows, out.stride(0), first, second, strips, dim * rank, splits, len(ranks), rank,
+        _block(rank), out.shape[1], 32, _SUM, num_warps=4,
     )  # fmt: skip
-    return list(sums.sum(0).split(list(sizes)))
+    return list(grads_b.split(list(sizes)))
 
 
 def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
@@ -151,8 +154,9 @@ def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
     )
     hidden = out.new_empty(rows, len(a))
     _sum_turned[(triton.cdiv(rows, 32), 1)](
-        parts, hidden, rows, len(a), strips, strips, strips, 1, len(a), _block(len(a)), len(a), 32, num_warps=4
-    )
+        parts, hidden, None, None, rows, len(a), strips, strips, strips, 0, 0, 1, len(a), _block(len(a)), len(a), 32,
+        _SUM, num_warps=4,
+    )  # fmt: skip
     return hidden
 
 
@@ -175,7 +179,7 @@ def geglu_backward(
         0 if inner_grad is None else inner_grad.stride(0), 0 if inner is None else inner.stride(0), after, *before,
         _block(after, *before), **_BACKWARD,
     )  # fmt: skip
-    parts = sums.sum(0).split([rank * dim for rank in (after, *before)])
+    parts = _total(sums).split([rank * dim for rank in (after, *before)])
     grad_a = parts[0].view(after, dim) if after else None
     if inner is None:
         return grad_a, None
@@ -211,6 +215,13 @@ def rotate(
         inverse,
         num_warps=4,
     )
+
+
+def _total(parts: Tensor) -> Tensor:
+    """Sum over the first dimension."""
+    out = parts.new_empty(parts.shape[1:])
+    _sum[(triton.cdiv(out.numel(), _SUM),)](parts, out, out.numel(), len(parts), _SUM, num_warps=4)
+    return out
 
 
 def _split(rows: int, height: int, least: int, most: int) -> tuple[int, int]:
@@ -443,13 +454,13 @@ def _rms_norm_low_rank_backward(
 
 
 @triton.jit
-def _normed_products(
-    left,
+def _a_gradient(
+    inner_grad,
     x,
     weight,
     scales,
     sums,
-    left_stride,
+    inner_grad_stride,
     stride,
     rows,
     dim,
@@ -464,16 +475,20 @@ def _normed_products(
     column, rank = strip * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, R_BLOCK)[:, None]
     local = tl.arange(0, ROWS)
     inside = column < dim
-    at, left_at = local[:, None] * stride + column, local[None, :] * left_stride + rank
+    at, inner_at = local[:, None] * stride + column, local[None, :] * inner_grad_stride + rank
     total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
     for start in range(split * length, min((split + 1) * length, rows), ROWS):
         begin = tl.cast(start, tl.int64)
-        rest = rows - start
-        value = tl.load(x + begin * stride + at, (local[:, None] < rest) & inside, 0.0)
-        factor = tl.load(left + begin * left_stride + left_at, (local[None, :] < rest) & (rank < R), 0.0)
-        scale = tl.load(scales + begin + local, local < rest, 0.0)[None, :]
-        total = tl.dot((factor.to(tl.float32) * scale).to(value.dtype), value, total)
-    total *= 1 + tl.load(weight + column, inside, 0.0).to(tl.float32)
+        left = rows - start
+        value = tl.load(x + begin * stride + at, (local[:, None] < left) & inside, 0.0)
+        there = (local[None, :] < left) & (rank < R)
+        factor = tl.load(inner_grad + begin * inner_grad_stride + inner_at, there, 0.0)
+        if scales is not None:
+            scale = tl.load(scales + begin + local, local < left, 0.0)[None, :]
+            factor = (factor.to(tl.float32) * scale).to(value.dtype)
+        total = tl.dot(factor, value, total)
+    if weight is not None:
+        total *= 1 + tl.load(weight + column, inside, 0.0).to(tl.float32)
     tl.store(sums + (split * R + rank).to(tl.int64) * dim + column, total, (rank < R) & inside)
 
 
@@ -559,33 +574,73 @@ def _geglu_adapted(
 
 
 @triton.jit
+def _sum(parts, out, size, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(n):
+        total += tl.load(parts + at, at < size, 0.0)
+        parts += size
+    tl.store(out + at, total, at < size)
+
+
+@triton.jit
 def _sum_turned(
     parts,
     out,
+    sums,
+    total,
     rows,
     stride,
     first,
     second,
     n,
+    size,
+    splits,
+    ADAPTERS: tl.constexpr,
+    R: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(n, R, rows) to (rows, WIDTH): sums over the parts before `first`, those before `second`, the rest, and zeros.
+
+    And by programs of their own, behind those of the adapters, `_sum` of `sums`.
+    """
+    adapter = tl.program_id(1)
+    if adapter < ADAPTERS:
+        begin = tl.where(adapter == 0, 0, tl.where(adapter == 1, first, second))
+        end = tl.where(adapter == 0, first, tl.where(adapter == 1, second, n))
+        _sum_of_adapter(parts, out, rows, stride, adapter, begin, end, ADAPTERS, R, R_BLOCK, WIDTH, ROWS)
+    else:
+        if sums is not None:
+            _sum(sums, total, size, splits, BLOCK)
+
+
+@triton.jit
+def _sum_of_adapter(
+    parts,
+    out,
+    rows,
+    stride,
+    adapter,
+    begin,
+    end,
     ADAPTERS: tl.constexpr,
     R: tl.constexpr,
     R_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(n, R, rows) to (rows, WIDTH): sums over the parts before `first`, those before `second`, the rest, and zeros."""
     row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R_BLOCK)
-    adapter = tl.program_id(1)
-    begin = tl.where(adapter == 0, 0, tl.where(adapter == 1, first, second))
-    end = tl.where(adapter == 0, first, tl.where(adapter == 1, second, n))
     at = parts + (begin * R + rank)[:, None].to(tl.int64) * rows + row[None, :]
     there = (rank < R)[:, None] & (row < rows)[None, :]
-    total = tl.zeros((R_BLOCK, ROWS), tl.float32)
+    value = tl.zeros((R_BLOCK, ROWS), tl.float32)
     for _ in range(begin, end):
-        total += tl.load(at, there, 0.0)
+        value += tl.load(at, there, 0.0)
         at += R * rows
     target, here = out + row[:, None].to(tl.int64) * stride + rank[None, :], (row < rows)[:, None]
-    tl.store(target + adapter * R, tl.trans(total).to(out.dtype.element_ty), here & (rank < R)[None, :])
+    tl.store(target + adapter * R, tl.trans(value).to(out.dtype.element_ty), here & (rank < R)[None, :])
     if adapter == ADAPTERS - 1:
         for column in tl.static_range(ADAPTERS * R, WIDTH, R_BLOCK):
             nothing = tl.zeros((ROWS, R_BLOCK), out.dtype.element_ty)
