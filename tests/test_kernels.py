@@ -92,6 +92,7 @@ def test_a_gradient_with_room_beside_it_is_used_where_it_lies_and_others_are_cop
         assert torch.equal(wide[:, :16], x)
     foreign = torch.randn(5, 80)
     assert kernels._roomy(foreign[:, :16], 80).data_ptr() != foreign.data_ptr()
+    assert kernels._roomy(roomy, 16 + 192).shape == (5, 208)  # More than the room there is.
 
 
 @pytest.mark.parametrize("rank", [4, 0])

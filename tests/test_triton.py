@@ -114,6 +114,25 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, monkeypatch, gpu, ra
     assert not [(name, shared) for name, shared in found if shared > limit * 1024]
 
 
+def test_what_the_tiles_do_not_fit_is_left_to_plain_torch(monkeypatch):
+    from openpi_lora_patch.lora import triton_kernels
+
+    monkeypatch.setattr(pointwise, "_by_triton", lambda x: True)
+    torch.manual_seed(0)
+    grad, inner = torch.randn(5, 1024), torch.randn(5, 160)
+    for sizes, ranks in (([512, 512], [8, 4]), ([1024], [40]), ([500, 524], [8, 8]), (4 * [256], 4 * [8])):
+        b, out = torch.randn(1024, 96), torch.full((5, 128), 7.0)
+        own = grad, b, inner, sizes, ranks, out
+        assert triton_kernels.adapter_gradients(*own) is None
+        found = pointwise.adapter_gradients(*own)
+        assert torch.equal(out, torch.cat([grad @ b, torch.zeros(5, 32)], 1))
+        parts = zip(grad.split(sizes, 1), inner[:, : sum(ranks)].split(ranks, 1), strict=True)
+        for gradient, (part, own_inner) in zip(found, parts, strict=True):
+            torch.testing.assert_close(gradient, part.T @ own_inner)
+    assert triton_kernels.a_gradient(inner[:, :80], grad, None, None) is None
+    assert torch.equal(pointwise.a_gradient(inner[:, :80], grad, None, None), inner[:, :80].T @ grad)
+
+
 def test_attention_fits_the_gpus_that_are_given_it(compiled):
     from openpi_lora_patch.models import triton_attention
 
