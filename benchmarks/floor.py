@@ -9,25 +9,11 @@ import argparse
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable
 
 import models
 import torch
 
 HOWS = ("ours", "floor")
-
-
-def milliseconds(step: Callable[[], float], count: int) -> list[float]:
-    """Of each of `count` steps; one before them does not count, as it follows steps of the other model."""
-    times = []
-    for _ in range(1 + count):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return times[1:]
 
 
 def main() -> None:
@@ -42,7 +28,11 @@ def main() -> None:
     for how in HOWS:
         model = models.build(how, pi05=options.pi05, checkpoint="none")
         steps[how] = models.training_step(model, *models.batch(model, options.batch))
-    rounds = [{how: milliseconds(steps[how], options.steps) for how in HOWS} for _ in range(1 + options.rounds)][1:]
+    # The first step of each does not count, as it follows steps of the other model; nor does the first round.
+    rounds = [
+        {how: models.milliseconds(steps[how], options.steps, skipped=1) for how in HOWS}
+        for _ in range(1 + options.rounds)
+    ][1:]
     medians = {how: statistics.median(ms for each in rounds for ms in each[how]) for how in HOWS}
     ratios = [statistics.median(each["ours"]) / statistics.median(each["floor"]) for each in rounds]
     figures = {

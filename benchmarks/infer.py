@@ -27,14 +27,7 @@ from openpi_lora_patch.lora.config import ATTENTION, FFN
 
 def median(function: Callable[[], Any], times: int = 10) -> float:
     """Milliseconds of one call, after two that do not count."""
-    found = []
-    for _ in range(2 + times):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        found.append(1000 * (time.perf_counter() - start))
-    return statistics.median(found[2:])
+    return statistics.median(models.milliseconds(function, times, skipped=2))
 
 
 def on_gpu(function: Callable[[], Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,18 @@ def training_step(model: Any, observation: Any, actions: Tensor) -> Callable[[],
         return float(loss.item())
 
     return step
+
+
+def milliseconds(function: Callable[[], Any], count: int, *, skipped: int) -> list[float]:
+    """Of each of `count` calls, the GPU's work among it, after some that do not count."""
+    times = []
+    for _ in range(skipped + count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return times[skipped:]
 
 
 def tera_operations(model: Any, size: int, *, cameras: int = 3, full: bool = False) -> float:

@@ -167,11 +167,9 @@ class _Projection(torch.autograd.Function):
         x, norm, scale, hidden, a, b, *tensors = _saved(ctx)
         weights, matrices_a, matrices_b = _thirds(tensors)
         linear = _Stacked(weights, a, b)
-        grads_a, grads_b, wide, x_grad = [None] * len(weights), [None] * len(weights), grad, None
-        if hidden is not None:
-            wide, hidden_grad, of_b = linear.gradients(grad, hidden, matrices_b)
-            grads_a = _unstack(pointwise.a_gradient(hidden_grad, x, norm, scale), matrices_a)
-            grads_b = _scaled(of_b, matrices_b, ctx.scalings)
+        wide, hidden_grad, of_b = linear.gradients(grad, hidden, matrices_b)
+        of_a = None if hidden_grad is None else pointwise.a_gradient(hidden_grad, x, norm, scale)
+        grads_a, grads_b, x_grad = _unstack(of_a, matrices_a), _scaled(of_b, matrices_b, ctx.scalings), None
         if ctx.needs_input_grad[0]:
             x_grad = linear.backward(wide)
             if norm is not None:
@@ -220,9 +218,7 @@ class _FeedForward(torch.autograd.Function):
             gate_up, inner, scale, hidden = cast(Sequence[Any], kept or (*first(rows, norm, ctx.eps), None))
             if last.a is not None and hidden is None:
                 hidden = pointwise.geglu(gate_up, rows.new_empty(len(rows), last.size), last.narrow)
-            wide, hidden_grad, (b_last,) = out_grad, None, (None,)
-            if hidden is not None:
-                wide, hidden_grad, (b_last,) = last.gradients(out_grad, hidden, matrices_b[2:])
+            wide, hidden_grad, (b_last,) = last.gradients(out_grad, hidden, matrices_b[2:])
             activation_grad = last.backward(wide)
             gate_up_grad = torch.empty_like(gate_up)
             a_last, pair = pointwise.geglu_backward(activation_grad, gate_up, hidden_grad, inner, ranks, gate_up_grad)
@@ -313,18 +309,22 @@ class _Stacked:
         return self._product(wide)
 
     def gradients(
-        self, grad: Tensor, hidden: Tensor, matrices_b: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`[ y_grad | y_grad B | 0 ]` for `backward`, its middle, (rows, r), and the gradient of each B, not scaled."""
-        b = cast(Tensor, self.b)
-        wide = _roomy(grad, self.out + pointwise.padded(b.shape[1]))
+        self, grad: Tensor, hidden: Tensor | None, matrices_b: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
+        """`[ y_grad | y_grad B | 0 ]` for `backward`, its middle, (rows, r), and the gradient of each B, not scaled.
+
+        Without an adapter `y_grad`, and None for the rest.
+        """
+        if hidden is None or self.b is None:
+            return grad, None, [None] * len(matrices_b)
+        wide = _roomy(grad, self.out + pointwise.padded(self.b.shape[1]))
         left, right = wide[:, : self.out], wide[:, self.out :]
         sizes, ranks = ([matrix.shape[axis] for matrix in matrices_b] for axis in (0, 1))
-        of_b = pointwise.adapter_gradients(left, b, hidden, sizes, ranks, right)
-        return wide, right[:, : b.shape[1]], of_b
+        of_b = pointwise.adapter_gradients(left, self.b, hidden, sizes, ranks, right)
+        return wide, right[:, : self.b.shape[1]], of_b
 
     def backward(self, grad: Tensor) -> Tensor:
-        """From the output's gradient, (rows, out), with an adapter what `gradients` made of it, to the input's."""
+        """From the output's gradient, (rows, out), as `gradients` returns it, to the input's."""
         return grad @ _cat(self.weights if self.a is None else [*self.weights, self.a])
 
     def backward_apart(self, grad: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """What two towers do apart from each other, at once: the second tower on a CUDA stream of its own.
 
-The action expert's kernels are short and fill a fraction of a GPU; launched among those of the prefix, on a stream that
-goes first, they cost little more than their arithmetic. The kernels are the same, and so are their results.
+The action expert's kernels are short and fill a fraction of a GPU, so they run among those of the prefix, on a stream
+that goes first. The kernels are the same, and so are their results.
 """
 
 from __future__ import annotations
