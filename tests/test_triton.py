@@ -36,7 +36,7 @@ ROWS, BFLOAT16 = 64, torch.bfloat16
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Have kernels compiled where they would be launched: (name, bytes of shared memory) of each, for `target`."""
+    """Have kernels compiled where they would be launched, for a GPU of some capability: name and kernel of each."""
     from triton.backends.compiler import GPUTarget
 
     found = []
@@ -44,7 +44,7 @@ def compiled(monkeypatch):
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append((self.__name__, kernel.metadata.shared))
+        found.append((self.__name__, kernel))
 
     def for_target(capability):
         target = GPUTarget("cuda", capability, 32)
@@ -111,7 +111,24 @@ def test_kernels_fit_every_gpu_that_is_given_them(compiled, monkeypatch, gpu, ra
         "_rms_norm_low_rank_backward",
     }
     assert names & narrow == (narrow if rank <= triton_kernels.NARROW else set())
-    assert not [(name, shared) for name, shared in found if shared > limit * 1024]
+    assert not [name for name, kernel in found if kernel.metadata.shared > limit * 1024]
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+def test_gelu_is_computed_once_for_memory_and_for_the_matrix_units(compiled, monkeypatch, rank):
+    """Once for each element of a tile: the compiler would rather compute it in both places than move it."""
+    from openpi_lora_patch.lora import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "MANY_ROWS", 0)
+    found, dim = compiled(TARGETS["H100"][0]), 16384
+    gate_up, inner = torch.zeros(ROWS, 2 * dim, dtype=BFLOAT16), torch.zeros(ROWS, 2 * rank, dtype=BFLOAT16)
+    triton_kernels.geglu(gate_up, gate_up[:, :dim], torch.zeros(rank, dim, dtype=BFLOAT16))
+    triton_kernels.geglu_backward(gate_up[:, :dim], gate_up, inner[:, :rank], inner, (rank, rank), gate_up)
+    kernels = dict(found)
+    tiles = {"_geglu_adapted": triton_kernels._ADAPTED, "_geglu_backward": triton_kernels._BACKWARD}
+    for name, tile in tiles.items():
+        each = tile["ROWS"] * tile["COLUMNS"] // (32 * tile["num_warps"])
+        assert kernels[name].asm["ptx"].count("ex2.approx") == each
 
 
 def test_what_the_tiles_do_not_fit_is_left_to_plain_torch(monkeypatch):
@@ -142,7 +159,7 @@ def test_attention_fits_the_gpus_that_are_given_it(compiled):
         out, level = triton_attention.forward(query, key, key, there, 1.0)
         triton_attention.backward(query, query, key, key, there, 1.0, out, level)
     assert {name for name, _ in found} == {"_forward", "_row_products", "_slopes"}
-    assert max(shared for _, shared in found) <= 200 * 1024  # What `shared_attention.fits` asks for.
+    assert max(kernel.metadata.shared for _, kernel in found) <= 200 * 1024  # What `shared_attention.fits` asks for.
 
 
 @pytest.mark.skipif(

@@ -16,11 +16,14 @@ from . import pointwise
 from .pointwise import Whole
 
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` and of `_rms_norm_low_rank_backward`.
-_ADAPTED = {"ROWS": 16, "COLUMNS": 128, "num_warps": 1, "num_stages": 1}  # A tile of `_geglu_adapted`.
-_BACKWARD = {"ROWS": 32, "COLUMNS": 32, "num_warps": 1, "num_stages": 1}  # A tile of `_geglu_backward`.
+# Triton 3.2 dies of tiles with three axes that it is to load ahead.
+_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+# A tile of `_geglu_adapted`, and one of `_geglu_backward`.
+_ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3 if _AHEAD else 1}
+_BACKWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4 if _AHEAD else 1}
 _PAIR = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}  # A tile of `_adapter_gradients`.
 _PRODUCTS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_a_gradient`.
-_PROGRAMS = 4096  # Enough to fill any GPU several times.
+_PROGRAMS = 2048  # Enough to fill any GPU several times.
 _RESIDENT = 264  # Two for each multiprocessor of an H100 or H200, where each program more costs a sum to write.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
 MANY_ROWS = 4096  # From here on GEGLU takes the adapter after it along; programs for fewer would not fill a GPU.
@@ -150,7 +153,7 @@ def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
     strips = triton.cdiv(dim, strip)
     parts = out.new_empty(strips, len(a), rows, dtype=torch.float32)
     _geglu_adapted[(triton.cdiv(rows, _ADAPTED["ROWS"]), strips)](
-        gate_up, out, a, parts, rows, gate_up.stride(0), out.stride(0), dim, strip, len(a), _block(len(a)), **_ADAPTED
+        gate_up, out, a, parts, gate_up.stride(0), out.stride(0), rows, dim, strip, len(a), _block(len(a)), **_ADAPTED
     )
     hidden = out.new_empty(rows, len(a))
     _sum_turned[(triton.cdiv(rows, 32), 1)](
@@ -171,13 +174,16 @@ def geglu_backward(
     rows, dim = grad.shape
     after = 0 if inner_grad is None else inner_grad.shape[1]
     before = (0, 0) if inner is None or max(ranks) > NARROW else ranks
-    columns, block = triton.cdiv(dim, _BACKWARD["COLUMNS"]), _block(after, *before)
-    tile = _BACKWARD | {"ROWS": 512 // block}  # Sums of more ranks leave fewer registers.
+    block = _block(after, *before)
+    # The sums of more ranks would not fit the registers.
+    tile = _BACKWARD if block <= 128 else _BACKWARD | {"COLUMNS": 64}
+    columns = triton.cdiv(dim, tile["COLUMNS"])
     splits, length = _split(rows, tile["ROWS"], 4, _PROGRAMS // columns)
     sums = grad.new_empty(splits, (after + sum(before)) * dim, dtype=torch.float32)
     _geglu_backward[(columns, splits)](
-        grad, gate_up, out, inner_grad, inner, sums, rows, length, 0 if inner_grad is None else inner_grad.stride(0),
-        0 if inner is None else inner.stride(0), out.stride(0), dim, after, *before, block, **tile,
+        grad, gate_up, out, inner_grad, inner, sums, rows, dim, length, out.stride(0),
+        0 if inner_grad is None else inner_grad.stride(0), 0 if inner is None else inner.stride(0), after, *before,
+        block, **tile,
     )  # fmt: skip
     parts = _total(sums).split([rank * dim for rank in (after, *before)])
     grad_a = parts[0].view(after, dim) if after else None
@@ -496,13 +502,13 @@ def _a_gradient(
 def _gelu(gate):
     """gelu(gate) in its tanh form, written with a sigmoid, and its slope.
 
-    exp2 and rsqrt are one instruction each, where exp and a division are several, of a kernel that has many.
+    exp2 and rsqrt are one instruction each, where exp and a division are several.
     """
     square = gate * gate
-    root = tl.rsqrt(1 + tl.exp2(gate * (-2.302208198144325 - 0.1029432396 * square)))
+    root = tl.rsqrt(1 + tl.exp2(gate * (-2.302208198144325 - 0.1029432395800235 * square)))
     part = root * root
     gelu = gate * part
-    return gelu, part + (gelu - gelu * part) * (1.5957691216057308 + 0.2140644488 * square)
+    return gelu, part + (gelu - gelu * part) * (1.5957691216057308 + 0.21406444881780073 * square)
 
 
 @triton.jit
@@ -540,40 +546,14 @@ def _geglu(gate_up, out, stride, out_stride, dim, BLOCK: tl.constexpr):
     tl.store(out + row * out_stride + at, (gelu * up).to(out.dtype.element_ty), inside)
 
 
-# A matrix unit reads its second factor from registers: lane 4 n + k of a warp holds, of each 16 rows and of column n,
-# rows 2 k, 2 k + 1, 2 k + 8 and 2 k + 9. A tile that a warp loads by 16 bytes a lane is elsewhere, and on the way there
-# goes through shared memory, or is computed twice, once for either place. The two kernels below take tiles with axes
-# (4, 8, ...), which the compiler spreads over the lanes k and n, and name rows and columns such that nothing moves: the
-# order of a sum's terms is free.
-
-
 @triton.jit
-def _along(size: tl.constexpr, axis: tl.constexpr):
-    """0 to `size` - 1 along one of five axes."""
-    numbers = tl.arange(0, size)
-    for other in tl.static_range(5):
-        if other != axis:
-            numbers = tl.expand_dims(numbers, other)
-    return numbers
+def _as_factor(tile, like):
+    """(1, ROWS, COLUMNS) to (ROWS, COLUMNS), as a factor of a product.
 
-
-@triton.jit
-def _summed_over_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(4, 8, ROWS / 8, COLUMNS / 32, 8), each lane's last axis 8 columns in a row, to (ROWS, COLUMNS)."""
-    tile = tl.reshape(tile, (4, 8, ROWS // 8, COLUMNS // 32, 2, 2, 2))
-    return tl.reshape(tl.permute(tile, (2, 1, 3, 4, 5, 0, 6)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _summed_over_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(4, 8, ROWS / 16, 4, COLUMNS / 8), each lane's last axis columns in a row, to (ROWS, COLUMNS)."""
-    tile = tl.reshape(tile, (4, 8, ROWS // 16, 2, 2, COLUMNS // 8))
-    return tl.reshape(tl.permute(tile, (2, 3, 0, 4, 5, 1)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _load_pair(gate_up, at, dim: tl.constexpr, there):
-    return tl.load(gate_up + at, there, 0.0), tl.load(gate_up + dim + at, there, 0.0)
+    A sum over one element: no work, but the compiler stops there. What it can follow back to a load, it computes a
+    second time, where the matrix unit wants it, so that GEGLU and its slope would cost twice.
+    """
+    return tl.sum(tile, 0).to(like.dtype.element_ty)
 
 
 @triton.jit
@@ -582,40 +562,36 @@ def _geglu_adapted(
     out,
     a,
     parts,
+    stride,
+    out_stride,
     rows,
-    STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    DIM: tl.constexpr,
-    STRIP: tl.constexpr,
+    dim,
+    strip,
     R: tl.constexpr,
     R_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program, a warp: some rows, a strip of the columns."""
-    first, begin = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * STRIP
-    gate_up += first * STRIDE
-    out += first * OUT_STRIDE
-    row = _along(8, 1) + 8 * _along(ROWS // 8, 2)
-    rank = _along(8, 1) + 8 * _along(R_BLOCK // 8, 2)
-    local = 8 * _along(4, 0) + 32 * _along(COLUMNS // 32, 3) + _along(8, 4)
-    end = min(begin + STRIP, DIM)
+    """One program: some rows, a strip of the columns. Matrix units are fastest with the wide tile on the right."""
+    local, rank = tl.arange(0, ROWS), tl.arange(0, R_BLOCK)[:, None]
+    first, begin = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * strip
+    inside = local < rows - first
+    gate_up += first * stride
+    out += first * out_stride
     total = tl.zeros((R_BLOCK, ROWS), tl.float32)
-    there = (row < rows - first) & (begin + local < end)
-    gate, up = _load_pair(gate_up, row * STRIDE + begin + local, DIM, there)
-    for start in range(begin, end, COLUMNS):
-        column = start + local
-        factor = tl.load(a + rank * DIM + column, (rank < R) & (column < end), 0.0)
-        gelu, _ = _gelu(gate.to(tl.float32))
-        activation = (gelu * up.to(tl.float32)).to(out.dtype.element_ty)
-        tl.store(out + row * OUT_STRIDE + column, activation, (row < rows - first) & (column < end))
-        left, right = (_summed_over_columns(factor, R_BLOCK, COLUMNS), _summed_over_columns(activation, ROWS, COLUMNS))
-        total = tl.dot(left, tl.trans(right), total)
-        there = (row < rows - first) & (column + COLUMNS < end)
-        gate, up = _load_pair(gate_up + COLUMNS, row * STRIDE + column, DIM, there)
-    rank, row = tl.arange(0, R_BLOCK)[:, None], tl.arange(0, ROWS)[None, :]
-    target = parts + (tl.program_id(1) * R + rank).to(tl.int64) * rows + first + row
-    tl.store(target, total, (row < rows - first) & (rank < R))
+    for start in range(begin, min(begin + strip, dim), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        there = (inside[:, None] & (column < dim))[None]
+        at = (local[:, None] * stride + column)[None]
+        gate = tl.load(gate_up + at, there, 0.0).to(tl.float32)
+        up = tl.load(gate_up + dim + at, there, 0.0).to(tl.float32)
+        gelu, _ = _gelu(gate)
+        activation = gelu * up
+        tl.store(out + (local[:, None] * out_stride + column)[None], activation.to(out.dtype.element_ty), there)
+        factor = tl.load(a + rank * dim + column, (rank < R) & (column < dim), 0.0)
+        total = tl.dot(factor, tl.trans(_as_factor(activation, out)), total)
+    target = parts + (tl.program_id(1) * R + rank).to(tl.int64) * rows + first + local[None, :]
+    tl.store(target, total, inside[None, :] & (rank < R))
 
 
 @triton.jit
@@ -742,11 +718,11 @@ def _geglu_backward(
     inner,
     sums,
     rows,
+    dim,
     length,
+    out_stride,
     inner_grad_stride,
     inner_stride,
-    OUT_STRIDE: tl.constexpr,
-    DIM: tl.constexpr,
     AFTER: tl.constexpr,
     GATE: tl.constexpr,
     UP: tl.constexpr,
@@ -754,51 +730,49 @@ def _geglu_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program, a warp: some columns, one part of the rows; what is summed over rows stays in registers."""
-    begin, split = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    """One program: some columns, one part of the rows; what is summed over rows stays in registers."""
+    column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R_BLOCK)[:, None]
+    split = tl.program_id(1)
     element = out.dtype.element_ty
-    own = _along(4, 3)
-    row = 16 * _along(ROWS // 16, 2) + 8 * (own // 2) + 2 * _along(4, 0) + own % 2
-    column = begin + COLUMNS // 8 * _along(8, 1) + _along(COLUMNS // 8, 4)
-    # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
-    at, grad_at, out_at = row * (2 * DIM) + column, row * DIM + column, row * OUT_STRIDE + column
-    term, rank = tl.arange(0, ROWS)[None, :], tl.arange(0, R_BLOCK)[:, None]
-    after_at, inner_at = term * inner_grad_stride + rank, term * inner_stride + rank
     after = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
     of_gate, of_up = after, after
-    first, end = tl.cast(split * length, tl.int64), min((split + 1) * length, rows)
-    there = (row < end - first) & (column < DIM)
-    gate, up = _load_pair(gate_up + first * (2 * DIM), at, DIM, there)
-    slope = tl.load(grad + first * DIM + grad_at, there, 0.0)
-    for _ in range(split * length, end, ROWS):
-        summed = term < end - first
-        gate, up, slope = gate.to(tl.float32), up.to(tl.float32), slope.to(tl.float32)
+    local = tl.arange(0, ROWS)
+    # Places within a tile are 32-bit numbers, computed once; only where a tile begins needs 64.
+    inside = column[None, :] < dim
+    at = (local[:, None] * (2 * dim) + column)[None]
+    grad_at = (local[:, None] * dim + column)[None]
+    out_at = (local[:, None] * out_stride + column)[None]
+    after_at = local[None, :] * inner_grad_stride + rank
+    inner_at = local[None, :] * inner_stride + rank
+    for start in range(split * length, min((split + 1) * length, rows), ROWS):
+        first = tl.cast(start, tl.int64)
+        left = rows - start
+        there = ((local[:, None] < left) & inside)[None]
+        tile, out_tile = gate_up + first * (2 * dim), out + first * out_stride
+        gate = tl.load(tile + at, there, 0.0).to(tl.float32)
+        up = tl.load(tile + dim + at, there, 0.0).to(tl.float32)
+        slope = tl.load(grad + first * dim + grad_at, there, 0.0).to(tl.float32)
         gelu, gelu_slope = _gelu(gate)
-        gate_grad, up_grad = (slope * up * gelu_slope).to(element), (slope * gelu).to(element)
-        tl.store(out + first * OUT_STRIDE + out_at, gate_grad, there)
-        tl.store(out + first * OUT_STRIDE + DIM + out_at, up_grad, there)
+        gate_grad, up_grad = slope * up * gelu_slope, slope * gelu
+        tl.store(out_tile + out_at, gate_grad.to(element), there)
+        tl.store(out_tile + dim + out_at, up_grad.to(element), there)
+        row_there = local[None, :] < left
         if AFTER > 0:
-            factor = tl.load(inner_grad + first * inner_grad_stride + after_at, summed & (rank < AFTER), 0.0)
-            after = tl.dot(factor, _summed_over_rows((gelu * up).to(element), ROWS, COLUMNS), after)
+            factor = tl.load(inner_grad + first * inner_grad_stride + after_at, row_there & (rank < AFTER), 0.0)
+            after = tl.dot(factor, _as_factor(gelu * up, out), after)
         if GATE > 0:
-            factor = tl.load(inner + first * inner_stride + inner_at, summed & (rank < GATE), 0.0)
-            of_gate = tl.dot(factor, _summed_over_rows(gate_grad, ROWS, COLUMNS), of_gate)
+            factor = tl.load(inner + first * inner_stride + inner_at, row_there & (rank < GATE), 0.0)
+            of_gate = tl.dot(factor, _as_factor(gate_grad, out), of_gate)
         if UP > 0:
-            factor = tl.load(inner + first * inner_stride + GATE + inner_at, summed & (rank < UP), 0.0)
-            of_up = tl.dot(factor, _summed_over_rows(up_grad, ROWS, COLUMNS), of_up)
-        first += ROWS
-        there = (row < end - first) & (column < DIM)
-        gate, up = _load_pair(gate_up + first * (2 * DIM), at, DIM, there)
-        slope = tl.load(grad + first * DIM + grad_at, there, 0.0)
-    number = tl.arange(0, COLUMNS)[None, :]
-    column = begin + COLUMNS // 8 * (number % 8) + number // 8
-    sums += split.to(tl.int64) * (AFTER + GATE + UP) * DIM
+            factor = tl.load(inner + first * inner_stride + GATE + inner_at, row_there & (rank < UP), 0.0)
+            of_up = tl.dot(factor, _as_factor(up_grad, out), of_up)
+    sums += split.to(tl.int64) * (AFTER + GATE + UP) * dim
     if AFTER > 0:
-        tl.store(sums + rank * DIM + column, after, (rank < AFTER) & (column < DIM))
+        tl.store(sums + rank * dim + column[None, :], after, (rank < AFTER) & inside)
     if GATE > 0:
-        tl.store(sums + AFTER * DIM + column * GATE + rank, of_gate, (rank < GATE) & (column < DIM))
+        tl.store(sums + (AFTER * dim + column * GATE)[None, :] + rank, of_gate, (rank < GATE) & inside)
     if UP > 0:
-        tl.store(sums + (AFTER + GATE) * DIM + column * UP + rank, of_up, (rank < UP) & (column < DIM))
+        tl.store(sums + ((AFTER + GATE) * dim + column * UP)[None, :] + rank, of_up, (rank < UP) & inside)
 
 
 @triton.jit
