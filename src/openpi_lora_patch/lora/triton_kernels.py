@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The functions of `pointwise.py` as Triton kernels, for CUDA tensors. See there for shapes and meaning."""
+"""The functions of `pointwise.py` as Triton kernels, for CUDA tensors. See there for shapes and meaning.
+
+Gradients of adapters are in `triton_gradients.py`, but for those that GEGLU's kernel takes along.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence, Sized
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from . import pointwise
 from .pointwise import Whole
+from .triton_gradients import NARROW, ends, split_rows, sum_parts, sum_strips, three, tile_rank
+from .triton_gradients import a_gradient as a_gradient
+from .triton_gradients import adapter_gradients as adapter_gradients
 
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` and of `_rms_norm_low_rank_backward`.
 # Triton 3.2 dies of tiles with three axes that it is to load ahead.
@@ -21,22 +25,17 @@ _AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # A tile of `_geglu_adapted`, and one of `_geglu_backward`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3 if _AHEAD else 1}
 _BACKWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4 if _AHEAD else 1}
-_PAIR = {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}  # A tile of `_adapter_gradients`.
-_PRODUCTS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}  # A tile of `_a_gradient`.
 _PROGRAMS = 2048  # Enough to fill any GPU several times.
-_RESIDENT = 264  # Two for each multiprocessor of an H100 or H200, where each program more costs a sum to write.
 _STRIPS = 8  # Of the columns in `_geglu_adapted`: enough programs where rows are few.
 MANY_ROWS = 4096  # From here on GEGLU takes the adapter after it along; programs for fewer would not fill a GPU.
-_SUM = 512  # Elements of a program that sums parts.
-NARROW = 32  # Up to this rank kernels take adapters along; above, tiles outgrow smaller GPUs, and parts the memory.
 
 
 def beside(left: Sequence[Tensor], right: Tensor, out: Tensor, size: int) -> None:
     rows, width = out.shape
     start, tile = (0, (8, 1024)) if left else (size, (16, 64))
-    first, second = _ends(left, rows)
+    first, second = ends(left, rows)
     _beside[(triton.cdiv(rows, tile[0]), triton.cdiv(width - start, tile[1]))](
-        *_three(left), right, out, *_three([part.stride(0) for part in left]), right.stride(0), out.stride(0), first,
+        *three(left), right, out, *three([part.stride(0) for part in left]), right.stride(0), out.stride(0), first,
         second, start, rows, size, right.shape[1], width, len(left), *tile, num_warps=4,
     )  # fmt: skip
 
@@ -50,9 +49,9 @@ def place(
 ) -> None:
     largest = max(stacked_a.numel(), *(len(b) * stacked_b.shape[1] for b in matrices_b))
     _place[(triton.cdiv(largest, 1024), 2, len(matrices_a))](
-        *_three([a.contiguous() for a in matrices_a]), *_three([b.contiguous() for b in matrices_b]), stacked_a,
-        stacked_b, *_three([len(a) for a in matrices_a]), *_three(scalings), *_ends(matrices_a, len(stacked_a)),
-        len(stacked_a), *_ends(matrices_b, len(stacked_b)), len(stacked_b), *stacked_a.shape[1:], stacked_b.shape[1],
+        *three([a.contiguous() for a in matrices_a]), *three([b.contiguous() for b in matrices_b]), stacked_a,
+        stacked_b, *three([len(a) for a in matrices_a]), *three(scalings), *ends(matrices_a, len(stacked_a)),
+        len(stacked_a), *ends(matrices_b, len(stacked_b)), len(stacked_b), *stacked_a.shape[1:], stacked_b.shape[1],
         len(matrices_a), 1024, num_warps=4,
     )  # fmt: skip
 
@@ -83,7 +82,7 @@ def rms_norm_backward(
         _rms_norm_backward[(rows,)](grad, x, weight, scale, added, out, *strides, dim, block, num_warps=8)
         return
     inner_grad, a, inner = low_rank
-    products, r = torch.empty_like(scale), _block(len(a))
+    products, r = torch.empty_like(scale), tile_rank(len(a))
     _rms_norm_products[(rows,)](
         grad, x, weight, scale, inner_grad, inner, products, *strides[:2], inner_grad.stride(0), inner.stride(0),
         dim, block, len(a), r, num_warps=4,
@@ -94,48 +93,10 @@ def rms_norm_backward(
     )  # fmt: skip
 
 
-def a_gradient(inner_grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """None where the rank is too high."""
-    (rows, dim), rank = x.shape, inner_grad.shape[1]
-    if rank > 2 * NARROW:
-        return None
-    strips = triton.cdiv(dim, _PRODUCTS["COLUMNS"])
-    splits, length = _split(rows, _PRODUCTS["ROWS"], 1, max(1, _RESIDENT // strips))
-    sums = x.new_empty(splits, rank, dim, dtype=torch.float32)
-    _a_gradient[(strips, splits)](
-        inner_grad, x, weight, scale, sums, inner_grad.stride(0), x.stride(0), rows, dim, length, rank, _block(rank),
-        **_PRODUCTS,
-    )  # fmt: skip
-    return _total(sums)
-
-
 def add_low_rank(residual: Tensor, base: Tensor, hidden: Tensor, b: Tensor, out: Tensor) -> None:
     rows, dim = base.shape
     grid = (triton.cdiv(dim, _ADD["COLUMNS"]), triton.cdiv(rows, _ADD["ROWS"]))
-    _add_low_rank[grid](residual, base, hidden, b, out, rows, dim, hidden.shape[1], _block(hidden.shape[1]), **_ADD)
-
-
-def adapter_gradients(
-    grad: Tensor, b: Tensor, inner: Tensor, sizes: Sequence[int], ranks: Sequence[int], out: Tensor
-) -> list[Tensor] | None:
-    """None where a tile of columns would be of two adapters, or ranks are unequal or too high."""
-    (rows, dim), rank, columns = grad.shape, ranks[0], _PAIR["COLUMNS"]
-    if rank > NARROW or len(ranks) > 3 or set(ranks) != {rank} or any(size % columns for size in sizes[:-1]):
-        return None
-    strips = triton.cdiv(dim, columns)
-    first, second = _ends([range(size // columns) for size in sizes], strips)
-    splits, length = _split(rows, _PAIR["ROWS"], 1, max(1, _RESIDENT // strips))
-    parts, sums = (grad.new_empty(shape, dtype=torch.float32) for shape in ((strips, rank, rows), (splits, dim, rank)))
-    _adapter_gradients[(strips, splits)](
-        grad, b, inner, parts, sums, grad.stride(0), inner.stride(0), b.shape[1], rows, dim, length, first, second,
-        rank, _block(rank), **_PAIR,
-    )  # fmt: skip
-    grads_b = sums.new_empty(dim, rank)
-    _sum_turned[(max(triton.cdiv(rows, 32), triton.cdiv(dim * rank, _SUM)), len(ranks) + 1)](
-        parts, out, sums, grads_b, rows, out.stride(0), first, second, strips, dim * rank, splits, len(ranks), rank,
-        _block(rank), out.shape[1], 32, _SUM, num_warps=4,
-    )  # fmt: skip
-    return list(grads_b.split(list(sizes)))
+    _add_low_rank[grid](residual, base, hidden, b, out, rows, dim, hidden.shape[1], tile_rank(hidden.shape[1]), **_ADD)
 
 
 def geglu(gate_up: Tensor, out: Tensor, a: Tensor | None) -> Tensor | None:
@@ -153,13 +114,11 @@ def _geglu_with_adapter(gate_up: Tensor, out: Tensor, a: Tensor) -> Tensor:
     strips = triton.cdiv(dim, strip)
     parts = out.new_empty(strips, len(a), rows, dtype=torch.float32)
     _geglu_adapted[(triton.cdiv(rows, _ADAPTED["ROWS"]), strips)](
-        gate_up, out, a, parts, gate_up.stride(0), out.stride(0), rows, dim, strip, len(a), _block(len(a)), **_ADAPTED
-    )
-    hidden = out.new_empty(rows, len(a))
-    _sum_turned[(triton.cdiv(rows, 32), 1)](
-        parts, hidden, None, None, rows, len(a), strips, strips, strips, 0, 0, 1, len(a), _block(len(a)), len(a), 32,
-        _SUM, num_warps=4,
+        gate_up, out, a, parts, gate_up.stride(0), out.stride(0), rows, dim, strip, len(a), tile_rank(len(a)),
+        **_ADAPTED,
     )  # fmt: skip
+    hidden = out.new_empty(rows, len(a))
+    sum_strips(parts, hidden)
     return hidden
 
 
@@ -174,18 +133,18 @@ def geglu_backward(
     rows, dim = grad.shape
     after = 0 if inner_grad is None else inner_grad.shape[1]
     before = (0, 0) if inner is None or max(ranks) > NARROW else ranks
-    block = _block(after, *before)
+    block = tile_rank(after, *before)
     # The sums of more ranks would not fit the registers.
     tile = _BACKWARD if block <= 128 else _BACKWARD | {"COLUMNS": 64}
     columns = triton.cdiv(dim, tile["COLUMNS"])
-    splits, length = _split(rows, tile["ROWS"], 4, _PROGRAMS // columns)
+    splits, length = split_rows(rows, tile["ROWS"], 4, _PROGRAMS // columns)
     sums = grad.new_empty(splits, (after + sum(before)) * dim, dtype=torch.float32)
     _geglu_backward[(columns, splits)](
         grad, gate_up, out, inner_grad, inner, sums, rows, dim, length, out.stride(0),
         0 if inner_grad is None else inner_grad.stride(0), 0 if inner is None else inner.stride(0), after, *before,
         block, **tile,
     )  # fmt: skip
-    parts = _total(sums).split([rank * dim for rank in (after, *before)])
+    parts = sum_parts(sums).split([rank * dim for rank in (after, *before)])
     grad_a = parts[0].view(after, dim) if after else None
     if inner is None:
         return grad_a, None
@@ -221,36 +180,6 @@ def rotate(
         inverse,
         num_warps=4,
     )
-
-
-def _total(parts: Tensor) -> Tensor:
-    """Sum over the first dimension."""
-    out = parts.new_empty(parts.shape[1:])
-    _sum[(triton.cdiv(out.numel(), _SUM),)](parts, out, out.numel(), len(parts), _SUM, num_warps=4)
-    return out
-
-
-def _split(rows: int, height: int, least: int, most: int) -> tuple[int, int]:
-    """Into how many parts of how many rows, each of `least` tiles or more: their sums are added in the same order."""
-    splits = max(1, min(triton.cdiv(rows, least * height), most))
-    length = triton.cdiv(triton.cdiv(rows, splits), height) * height
-    return triton.cdiv(rows, length), length
-
-
-def _ends(parts: Sequence[Sized], whole: int) -> tuple[int, int]:
-    """Where the first and the second of up to three parts end, the last of them with the whole."""
-    first, second = [*itertools.accumulate(map(len, parts[:-1])), whole, whole][:2]
-    return first, second
-
-
-def _three(values: Sequence[Any]) -> list[Any]:
-    """For a kernel's three arguments; what is missing it does not read."""
-    return [*values, *(3 - len(values)) * [None]]
-
-
-def _block(*ranks: int) -> int:
-    """What matrix units and `tl.arange` take for any of these ranks: a power of 2, at least 16."""
-    return max(16, triton.next_power_of_2(max(ranks)))
 
 
 @triton.jit
@@ -460,45 +389,6 @@ def _rms_norm_low_rank_backward(
 
 
 @triton.jit
-def _a_gradient(
-    inner_grad,
-    x,
-    weight,
-    scales,
-    sums,
-    inner_grad_stride,
-    stride,
-    rows,
-    dim,
-    length,
-    R: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One program: some columns, one part of the rows."""
-    strip, split = tl.program_id(0), tl.program_id(1)
-    column, rank = strip * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, R_BLOCK)[:, None]
-    local = tl.arange(0, ROWS)
-    inside = column < dim
-    at, inner_at = local[:, None] * stride + column, local[None, :] * inner_grad_stride + rank
-    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
-    for start in range(split * length, min((split + 1) * length, rows), ROWS):
-        begin = tl.cast(start, tl.int64)
-        left = rows - start
-        value = tl.load(x + begin * stride + at, (local[:, None] < left) & inside, 0.0)
-        there = (local[None, :] < left) & (rank < R)
-        factor = tl.load(inner_grad + begin * inner_grad_stride + inner_at, there, 0.0)
-        if scales is not None:
-            scale = tl.load(scales + begin + local, local < left, 0.0)[None, :]
-            factor = (factor.to(tl.float32) * scale).to(value.dtype)
-        total = tl.dot(factor, value, total)
-    if weight is not None:
-        total *= 1 + tl.load(weight + column, inside, 0.0).to(tl.float32)
-    tl.store(sums + (split * R + rank).to(tl.int64) * dim + column, total, (rank < R) & inside)
-
-
-@triton.jit
 def _gelu(gate):
     """gelu(gate) in its tanh form, written with a sigmoid, and its slope.
 
@@ -592,121 +482,6 @@ def _geglu_adapted(
         total = tl.dot(factor, tl.trans(_as_factor(activation, out)), total)
     target = parts + (tl.program_id(1) * R + rank).to(tl.int64) * rows + first + local[None, :]
     tl.store(target, total, inside[None, :] & (rank < R))
-
-
-@triton.jit
-def _sum(parts, out, size, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(n):
-        total += tl.load(parts + at, at < size, 0.0)
-        parts += size
-    tl.store(out + at, total, at < size)
-
-
-@triton.jit
-def _sum_turned(
-    parts,
-    out,
-    sums,
-    total,
-    rows,
-    stride,
-    first,
-    second,
-    n,
-    size,
-    splits,
-    ADAPTERS: tl.constexpr,
-    R: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(n, R, rows) to (rows, WIDTH): sums over the parts before `first`, those before `second`, the rest, and zeros.
-
-    And by programs of their own, behind those of the adapters, `_sum` of `sums`.
-    """
-    adapter = tl.program_id(1)
-    if adapter < ADAPTERS:
-        begin = tl.where(adapter == 0, 0, tl.where(adapter == 1, first, second))
-        end = tl.where(adapter == 0, first, tl.where(adapter == 1, second, n))
-        _sum_of_adapter(parts, out, rows, stride, adapter, begin, end, ADAPTERS, R, R_BLOCK, WIDTH, ROWS)
-    else:
-        if sums is not None:
-            _sum(sums, total, size, splits, BLOCK)
-
-
-@triton.jit
-def _sum_of_adapter(
-    parts,
-    out,
-    rows,
-    stride,
-    adapter,
-    begin,
-    end,
-    ADAPTERS: tl.constexpr,
-    R: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R_BLOCK)
-    at = parts + (begin * R + rank)[:, None].to(tl.int64) * rows + row[None, :]
-    there = (rank < R)[:, None] & (row < rows)[None, :]
-    value = tl.zeros((R_BLOCK, ROWS), tl.float32)
-    for _ in range(begin, end):
-        value += tl.load(at, there, 0.0)
-        at += R * rows
-    target, here = out + row[:, None].to(tl.int64) * stride + rank[None, :], (row < rows)[:, None]
-    tl.store(target + adapter * R, tl.trans(value).to(out.dtype.element_ty), here & (rank < R)[None, :])
-    if adapter == ADAPTERS - 1:
-        for column in tl.static_range(ADAPTERS * R, WIDTH, R_BLOCK):
-            nothing = tl.zeros((ROWS, R_BLOCK), out.dtype.element_ty)
-            tl.store(target + column, nothing, here & (column + rank < WIDTH)[None, :])
-
-
-@triton.jit
-def _adapter_gradients(
-    grad,
-    b,
-    inner,
-    parts,
-    sums,
-    stride,
-    inner_stride,
-    b_stride,
-    rows,
-    dim,
-    length,
-    first,
-    second,
-    R: tl.constexpr,
-    R_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One program: some columns, all of one adapter, and one part of the rows; each tile of `grad` is read once."""
-    strip, split = tl.program_id(0), tl.program_id(1)
-    column, rank = strip * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, R_BLOCK)[:, None]
-    own = ((strip >= first).to(tl.int32) + (strip >= second).to(tl.int32)) * R
-    local = tl.arange(0, ROWS)
-    inside = column < dim
-    at = local[:, None] * stride + column
-    inner_at = local[None, :] * inner_stride + own + rank
-    right = tl.load(b + column * b_stride + own + rank, (rank < R) & inside, 0.0)
-    total = tl.zeros((R_BLOCK, COLUMNS), tl.float32)
-    parts += (strip * R + rank).to(tl.int64) * rows
-    for start in range(split * length, min((split + 1) * length, rows), ROWS):
-        begin = tl.cast(start, tl.int64)
-        left = rows - start
-        tile = tl.load(grad + begin * stride + at, (local[:, None] < left) & inside, 0.0)
-        there = (local[None, :] < left) & (rank < R)
-        total = tl.dot(tl.load(inner + begin * inner_stride + inner_at, there, 0.0), tile, total)
-        tl.store(parts + begin + local[None, :], tl.dot(right, tl.trans(tile)), there)
-    tl.store(sums + (split.to(tl.int64) * dim + column) * R + rank, total, (rank < R) & inside)
 
 
 @triton.jit
