@@ -2,7 +2,9 @@
 and in Triton's interpreter they compute what plain torch does."""
 
 import importlib.util
+import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -162,6 +164,16 @@ def test_attention_fits_the_gpus_that_are_given_it(compiled):
     assert max(kernel.metadata.shared for _, kernel in found) <= 200 * 1024  # What `shared_attention.fits` asks for.
 
 
+def test_slopes_are_stored_as_vectors_whatever_the_number_of_keys(compiled):
+    from openpi_lora_patch.models import triton_attention
+
+    found, keys = compiled(TARGETS["H100"][0]), 968  # pi0.5's prefix; a multiple of 8 alone.
+    query, key = torch.zeros(1, 8 * keys, 256, dtype=BFLOAT16), torch.zeros(1, keys, 256, dtype=BFLOAT16)
+    level = torch.zeros(1, 8 * keys)
+    triton_attention.backward(query, query, key, key, None, 1.0, query, level)
+    assert set(re.findall(r"st\.global[.\w]*", dict(found)["_slopes"].asm["ptx"])) == {"st.global.v4.b32"}
+
+
 @pytest.mark.skipif(
     tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4), reason="Triton's interpreter needs an older NumPy"
 )
@@ -170,7 +182,7 @@ def test_the_interpreter_computes_what_plain_torch_does():
         [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compared", "96"]
+    assert done.stdout.split() == ["compared", "126"]
 
 
 def compare(rows, dim, rank, ranks):
@@ -244,7 +256,30 @@ def compare(rows, dim, rank, ranks):
     return count
 
 
+def compare_attention(rows, keys):
+    """As `compare`, where all keys are there and where some are not."""
+    from openpi_lora_patch.models import shared_attention, triton_attention
+
+    count = 0
+    grad, query = torch.randn(2, 2, rows, 64).half()
+    key, value = torch.randn(2, 2, keys, 64).half()
+    for there in (None, torch.arange(keys).expand(2, keys) % 3 > 0):
+        found, expected = (
+            (out, level * unit, *module_backward(grad, query, key, value, there, 0.125, out, level))
+            for module_forward, module_backward, unit in (
+                (triton_attention.forward, triton_attention.backward, math.log(2)),
+                (shared_attention._forward, shared_attention._backward, 1.0),
+            )
+            for out, level in [module_forward(query, key, value, there, 0.125)]
+        )
+        for x, y in zip(found, expected, strict=True):
+            assert ((x.double() - y.double()).norm() <= 2e-3 * y.double().norm()).item()
+            count += 1
+    return count
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     sizes = ((70, 192, 16, (16, 16)), (33, 136, 16, (4, 7)), (40, 128, 48, (20, 28)), (20, 128, 64, (40, 8)))
-    print("compared", sum(compare(*each) for each in sizes))
+    attention = sum(compare_attention(*each) for each in ((70, 40), (128, 64), (9, 131)))
+    print("compared", sum(compare(*each) for each in sizes) + attention)

@@ -66,7 +66,7 @@ def backward(
 def _backward(scale, grad, query, key, value, there, out, level, query_grad, key_grad, value_grad):
     batch, rows, dim = query.shape
     keys = key.shape[1]
-    wide = triton.cdiv(keys, 64) * 64
+    wide = triton.cdiv(keys, _SLOPES["KEYS"]) * _SLOPES["KEYS"]  # Rows that begin where vectors can, and whole tiles.
     weights, slopes = (query.new_empty(batch, rows, wide)[:, :, :keys] for _ in range(2))
     inner = torch.empty_like(level)
     _row_products[(triton.cdiv(batch * rows, 16),)](grad, out, inner, batch * rows, dim, 16)
@@ -219,6 +219,8 @@ def _slopes(
     mean = tl.load(inner + batch * rows + row, row < rows, 0.0)
     slope = weight * (change - mean[:, None]) * slope_scale
     at = (batch * rows + row[:, None]) * wide + column[None, :]
-    stored = (row[:, None] < rows) & (column[None, :] < keys)
+    # Zeros into the room beside the keys: a mask of columns would have each number stored on its own, where there are
+    # no multiple of 16.
+    stored = row[:, None] < rows
     tl.store(weights + at, weight.to(weights.dtype.element_ty), stored)
     tl.store(slopes + at, slope.to(slopes.dtype.element_ty), stored)
