@@ -38,14 +38,19 @@ class LowRank(NamedTuple):
 OLDEST_TRITON = (3, 2)
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number; raises ImportError without Triton."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether a Triton that our kernels are for runs on the GPU, found by trying; if not, one log line says why."""
     try:
-        import triton
-
-        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-            raise RuntimeError(f"it is {triton.__version__}, and has to be 3.2 or newer")
+        if triton_version() < OLDEST_TRITON:
+            raise RuntimeError("it is {}.{}, and has to be {}.{} or newer".format(*triton_version(), *OLDEST_TRITON))
         row = torch.ones(1, 64, device="cuda")
         _triton().beside((), row, torch.empty_like(row), 0)
     except Exception as error:

@@ -21,7 +21,7 @@ from .triton_gradients import adapter_gradients as adapter_gradients
 
 _ADD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # A tile of `_add_low_rank` and of `_rms_norm_low_rank_backward`.
 # Triton 3.2 dies of tiles with three axes that it is to load ahead.
-_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_AHEAD = pointwise.triton_version() >= (3, 3)
 # A tile of `_geglu_adapted`, and one of `_geglu_backward`.
 _ADAPTED = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3 if _AHEAD else 1}
 _BACKWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4 if _AHEAD else 1}
